@@ -1,0 +1,247 @@
+"""`Graph`: which reader sees which writer, and which writers a reader feeds.
+
+The bipartite DAG `writers -> edges -> readers -> feeds -> writers` as two boolean matrices with names. Ids are
+positions in `writers` and `readers`; both are sorted along the residual stream, so that one pass over the readers,
+forwards or backwards, is a topological one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from circuitgraph._errors import CircuitGraphError, UnknownNameError, unknown_name
+from circuitgraph._names import Edge, Reader, Writer
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from jaxtyping import Bool
+    from numpy import ndarray
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer of a transformer contributes to the graph.
+
+    `heads_are_coupled`: a norm over all heads (OLMo 2's queries, Gemma 2's attention output) lets every `q`, `k`, `v`
+    input of the layer move every head of it.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    has_mlp: bool = True
+    is_parallel: bool = False
+    heads_are_coupled: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An immutable graph of writers and readers.
+
+    `visible[r, w]`: reader `r` sees writer `w`, so there is an edge. `feeds[r, w]`: writer `w` is computed from reader `r`.
+    """
+
+    writers: tuple[Writer, ...]
+    readers: tuple[Reader, ...]
+    visible: Bool[ndarray, "readers writers"]
+    feeds: Bool[ndarray, "readers writers"]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.readers), len(self.writers))
+        for name in ("visible", "feeds"):
+            matrix = np.array(getattr(self, name), dtype=bool)
+            if matrix.shape != shape:
+                raise CircuitGraphError(f"graph: {name} has shape {matrix.shape}, expected [readers, writers] = {shape}")
+            matrix.setflags(write=False)
+            object.__setattr__(self, name, matrix)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        if len(set(self.writers)) < len(self.writers) or len(set(self.readers)) < len(self.readers):
+            raise CircuitGraphError("graph: two writers or two readers have the same name")
+        row = np.arange(len(self.readers))[:, None]
+        last_source = np.where(self.feeds, row, -1).max(axis=0, initial=-1)
+        first_use = np.where(self.visible, row, len(self.readers)).min(axis=0, initial=len(self.readers))
+        if (first_use <= last_source).any():
+            writer = self.writers[int(np.argmax(first_use <= last_source))]
+            raise CircuitGraphError(f"graph: writer {writer} is seen by a reader that it is computed from, or by an earlier one")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return (
+            self.writers == other.writers
+            and self.readers == other.readers
+            and np.array_equal(self.visible, other.visible)
+            and np.array_equal(self.feeds, other.feeds)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.writers, self.readers, self.visible.tobytes(), self.feeds.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges, {len(self.nodes)} nodes)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a mask: `[readers, writers]`."""
+        return self.visible.shape  # type: ignore[return-value]
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.visible.sum())
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, by reader, then by writer."""
+        return self.edges_of(self.visible)
+
+    def edges_of(self, mask: Bool[ndarray, "readers writers"]) -> tuple[Edge, ...]:
+        """The edges that a mask keeps."""
+        return tuple(Edge(self.writers[w], self.readers[r]) for r, w in np.argwhere(np.asarray(mask) & self.visible))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The usual nodes: the input, heads, MLPs and the logits (158 in GPT-2 small)."""
+        return (*(writer.name for writer in self.writers), "logits")
+
+    def writer_id(self, writer: Writer | str) -> int:
+        """The column of a writer. Raises `UnknownNameError` with the nearest names."""
+        parsed = Writer.parse(writer) if isinstance(writer, str) else writer
+        if parsed not in self._writer_ids:
+            raise unknown_name("writer", parsed.name, (w.name for w in self.writers))
+        return self._writer_ids[parsed]
+
+    def reader_id(self, reader: Reader | str) -> int:
+        """The row of a reader. `a9.h6<k>` finds the reader of its group. Raises `UnknownNameError` with the nearest names."""
+        parsed = Reader.parse(reader) if isinstance(reader, str) else reader
+        if parsed in self._reader_ids:
+            return self._reader_ids[parsed]
+        grouped = [i for i, r in enumerate(self.readers) if r.is_grouped and r.kind == parsed.kind and r.layer == parsed.layer]
+        head = self._writer_ids.get(Writer("head", parsed.layer, parsed.index))
+        if not parsed.is_grouped and head is not None and grouped:
+            heads = [w for w in self.writers if w.kind == "head" and w.layer == parsed.layer]
+            return grouped[parsed.index * len(grouped) // len(heads)]
+        raise unknown_name("reader", parsed.name, (r.name for r in self.readers))
+
+    def edge_id(self, edge: Edge | str) -> tuple[int, int]:
+        """The place `(reader, writer)` of an edge in a mask. Raises `UnknownNameError` when the reader does not see the writer."""
+        parsed = Edge.parse(edge) if isinstance(edge, str) else edge
+        r, w = self.reader_id(parsed.reader), self.writer_id(parsed.writer)
+        if not self.visible[r, w]:
+            raise UnknownNameError(f"there is no edge {parsed}: {parsed.reader} does not come after {parsed.writer}")
+        return r, w
+
+    @cached_property
+    def _writer_ids(self) -> dict[Writer, int]:
+        return {writer: i for i, writer in enumerate(self.writers)}
+
+    @cached_property
+    def _reader_ids(self) -> dict[Reader, int]:
+        return {reader: i for i, reader in enumerate(self.readers)}
+
+    def needed(self, mask: Bool[ndarray, "readers writers"]) -> tuple[Bool[ndarray, " readers"], Bool[ndarray, " writers"]]:
+        """Which readers and writers have a kept path to the logits."""
+        kept = np.asarray(mask, dtype=bool) & self.visible
+        readers = np.array([reader.kind == "logits" for reader in self.readers])
+        writers = np.zeros(len(self.writers), dtype=bool)
+        for r in range(len(self.readers) - 1, -1, -1):
+            readers[r] |= bool((self.feeds[r] & writers).any())
+            if readers[r]:
+                writers |= kept[r]
+        return readers, writers
+
+    def reached(self, mask: Bool[ndarray, "readers writers"]) -> tuple[Bool[ndarray, " readers"], Bool[ndarray, " writers"]]:
+        """Which readers and writers have a kept path from the input."""
+        kept = np.asarray(mask, dtype=bool) & self.visible
+        writers = np.array([writer.kind == "input" for writer in self.writers])
+        readers = np.zeros(len(self.readers), dtype=bool)
+        for r in range(len(self.readers)):
+            readers[r] = (kept[r] & writers).any()
+            if readers[r]:
+                writers |= self.feeds[r]
+        return readers, writers
+
+    def prune_dead(self, mask: Bool[ndarray, "readers writers"]) -> Bool[ndarray, "readers writers"]:
+        """The kept edges that lie on a path from the input to the logits."""
+        needed, _ = self.needed(mask)
+        _, reached = self.reached(mask)
+        pruned: Bool[ndarray, "readers writers"] = np.asarray(mask, dtype=bool) & self.visible & needed[:, None] & reached[None, :]
+        return pruned
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The bipartite graph. Nodes are `Writer` and `Reader` values; every edge has `kind` "edge" or "feeds"."""
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        graph.add_nodes_from(self.writers, side="writer")
+        graph.add_nodes_from(self.readers, side="reader")
+        graph.add_edges_from((e.writer, e.reader, {"kind": "edge"}) for e in self.edges)
+        graph.add_edges_from((self.readers[r], self.writers[w], {"kind": "feeds"}) for r, w in np.argwhere(self.feeds))
+        return graph
+
+    def node_graph(self, mask: Bool[ndarray, "readers writers"] | None = None) -> nx.MultiDiGraph:
+        """The usual graph: nodes are names, an edge's key is "q", "k", "v", "mlp" or "logits".
+
+        A grouped `k` or `v` reader gives one edge to each head of its group. With a `mask`, only kept edges and their ends.
+        """
+        import networkx as nx
+
+        graph = nx.MultiDiGraph()
+        if mask is None:
+            graph.add_nodes_from(self.nodes)
+        for r, w in np.argwhere(self.visible if mask is None else np.asarray(mask, dtype=bool) & self.visible):
+            reader = self.readers[r]
+            for target in self.nodes_of(reader):
+                graph.add_edge(self.writers[w].name, target, key=reader.kind, edge=Edge(self.writers[w], reader))
+        return graph
+
+    def nodes_of(self, reader: Reader) -> tuple[str, ...]:
+        """The nodes a reader belongs to: itself, or the heads of its group."""
+        if not reader.is_grouped:
+            return (reader.node,)
+        heads = [w for w in self.writers if w.kind == "head" and w.layer == reader.layer]
+        groups = sum(r.kind == reader.kind and r.layer == reader.layer for r in self.readers)
+        size = len(heads) // groups
+        return tuple(w.name for w in heads[reader.index * size : (reader.index + 1) * size])
+
+
+def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False) -> Graph:
+    """The graph of a decoder: writers and readers in MIB's order.
+
+    Writers: the input, then per layer its heads and its MLP. Readers: per layer the `q` inputs of all heads, the `k` inputs, the
+    `v` inputs, the MLP; the logits last. Grouped `k` and `v` inputs are one reader per group unless `per_head_kv`.
+    """
+    writers = [Writer("input")]
+    readers: list[Reader] = []
+    seen: list[int] = []  # how many writers each reader sees
+    fed: list[list[int]] = []  # which writers each reader feeds
+    for number, layer in enumerate(layers):
+        before = len(writers)
+        heads = range(before, before + layer.n_heads)
+        writers += [Writer("head", number, h) for h in range(layer.n_heads)]
+        for kind in ("q", "k", "v"):
+            count = layer.n_heads if kind == "q" or per_head_kv else layer.n_kv_heads
+            size = layer.n_heads // count if count else 1
+            for i in range(count):
+                readers.append(Reader(kind, number, i, is_grouped=size > 1))  # type: ignore[arg-type]
+                seen.append(before)
+                fed.append([*heads] if layer.heads_are_coupled else [*heads[i * size : (i + 1) * size]])
+        if layer.has_mlp:
+            readers.append(Reader("mlp", number))
+            seen.append(before if layer.is_parallel else len(writers))
+            fed.append([len(writers)])
+            writers.append(Writer("mlp", number))
+    readers.append(Reader("logits"))
+    seen.append(len(writers))
+    fed.append([])
+
+    column = np.arange(len(writers))
+    feeds = np.zeros((len(readers), len(writers)), dtype=bool)
+    for r, columns in enumerate(fed):
+        feeds[r, columns] = True
+    return Graph(tuple(writers), tuple(readers), column < np.array(seen)[:, None], feeds)

@@ -1,0 +1,134 @@
+"""`PromptPairs`: tokenised prompts, each with its corrupted twin and its answers. Never padded; bucketed by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuitgraph._errors import TaskError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from numpy import ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Clean and corrupted prompts as token ids, with the answers to tell apart after the last token.
+
+    `clean`, `corrupted`: `[prompts, position]`, or one array per prompt when lengths differ; a pair's two prompts have equal length.
+    `answers`, `wrong_answers`: `[prompts]`, or one array of token ids per prompt. `templates` names the template of each prompt.
+    Raises `TaskError` that prints the first pair that does not fit.
+
+    >>> pairs = PromptPairs(clean=[[5, 6, 7]], corrupted=[[5, 9, 7]], answers=[6], wrong_answers=[9])
+    >>> len(pairs)
+    1
+    """
+
+    clean: Sequence[Int[ndarray, " position"]]
+    corrupted: Sequence[Int[ndarray, " position"]]
+    answers: Sequence[Int[ndarray, " answers"]]
+    wrong_answers: Sequence[Int[ndarray, " answers"]] = ()
+    templates: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        n = len(self.clean)
+        if n == 0:
+            raise TaskError("prompt pairs: there is no prompt")
+        wrong = self.wrong_answers if len(self.wrong_answers) else [()] * n
+        for name, value in (("clean", self.clean), ("corrupted", self.corrupted), ("answers", self.answers), ("wrong_answers", wrong)):
+            if len(value) != n:
+                raise TaskError(f"prompt pairs: {len(value)} {name} for {n} clean prompts; expected one each")
+            object.__setattr__(self, name, tuple(_ids(item, f"{name}[{i}]") for i, item in enumerate(value)))
+        if self.templates and len(self.templates) != n:
+            raise TaskError(f"prompt pairs: {len(self.templates)} templates for {n} prompts; expected one each")
+        for i, (clean, corrupted, answers) in enumerate(zip(self.clean, self.corrupted, self.answers, strict=True)):
+            if len(clean) != len(corrupted):
+                raise TaskError(
+                    f"prompt pair {i}: {len(clean)} clean and {len(corrupted)} corrupted tokens; expected equal lengths\n"
+                    f"  clean     {clean.tolist()}\n  corrupted {corrupted.tolist()}"
+                )
+            if len(clean) == 0 or len(answers) == 0:
+                raise TaskError(f"prompt pair {i}: no {'token' if len(clean) == 0 else 'answer'}")
+            if np.array_equal(clean, corrupted):
+                raise TaskError(f"prompt pair {i}: the corrupted prompt equals the clean one, so nothing can be patched: {clean.tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id in any prompt or answer."""
+        everything = (*self.clean, *self.corrupted, *self.answers, *self.wrong_answers)
+        return max(int(ids.max()) for ids in everything if len(ids))
+
+    def select(self, index: Sequence[int] | Int[ndarray, " chosen"]) -> PromptPairs:
+        """Some of the pairs, in the order asked for."""
+
+        def pick(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[int(i)] for i in index)
+
+        return replace(
+            self,
+            clean=pick(self.clean),
+            corrupted=pick(self.corrupted),
+            answers=pick(self.answers),
+            wrong_answers=pick(self.wrong_answers),
+            templates=pick(self.templates) if self.templates else (),
+        )
+
+    def buckets(self) -> Iterator[Bucket]:
+        """The pairs grouped by length, shortest first."""
+        lengths = np.array([len(ids) for ids in self.clean])
+        for length in np.unique(lengths):
+            index = np.flatnonzero(lengths == length)
+            yield Bucket(
+                index=index,
+                clean=np.stack([self.clean[i] for i in index]),
+                corrupted=np.stack([self.corrupted[i] for i in index]),
+                answers=_padded([self.answers[i] for i in index]),
+                wrong_answers=_padded([self.wrong_answers[i] for i in index]),
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSets:
+    """Sets of token ids, one per prompt, filled up with weight 0: `ids` and `weights` are `[prompts, tokens]`."""
+
+    ids: Int[ndarray, "prompts tokens"]
+    weights: Float[ndarray, "prompts tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Pairs of one length; `index` says which prompts of the whole they are."""
+
+    index: Int[ndarray, " bucket"]
+    clean: Int[ndarray, "bucket position"]
+    corrupted: Int[ndarray, "bucket position"]
+    answers: TokenSets
+    wrong_answers: TokenSets
+
+
+def _ids(value: Any, name: str) -> Int[ndarray, " tokens"]:
+    ids = np.atleast_1d(np.asarray(value))
+    if ids.size == 0:
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
+        raise TaskError(f"prompt pairs: {name} is {value!r}; expected a row of token ids (integers, none below 0)")
+    ids = ids.astype(np.int64)
+    ids.setflags(write=False)
+    return ids
+
+
+def _padded(sets: Sequence[Int[ndarray, " tokens"]]) -> TokenSets:
+    width = max(len(s) for s in sets)
+    ids = np.zeros((len(sets), width), dtype=np.int64)
+    weights = np.zeros((len(sets), width), dtype=np.float32)
+    for row, tokens in enumerate(sets):
+        ids[row, : len(tokens)] = tokens
+        weights[row, : len(tokens)] = 1.0
+    return TokenSets(ids, weights)
