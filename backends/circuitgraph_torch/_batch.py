@@ -1,0 +1,213 @@
+"""Prompts of one length, run together: the cached runs of the model and of the source, and `F`, `dF/dm` and writer values on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from circuitgraph._metrics import Metric, Target, log_softmax
+from circuitgraph._pairs import Bucket, TokenSets
+from circuitgraph_torch._backward import Backward
+from circuitgraph_torch._bank import Bank
+from circuitgraph_torch._calls import AttentionCall, attention_calls, block_input
+from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
+from circuitgraph_torch._joints import ModelJoints
+from circuitgraph_torch._sites import Sites
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from numpy import ndarray
+
+    from circuitgraph._architecture import Architecture
+
+_LANES_BYTES = 1 << 29  # what the lanes of one run may keep of their writers
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A traced model in its parts."""
+
+    model: nn.Module
+    architecture: Architecture
+    joints: ModelJoints
+    sites: Sites
+
+    def calls(self, length: int) -> list[AttentionCall]:
+        """The arguments of every layer's attention on prompts of this length (a stand-in where a layer has none)."""
+        paths = [b.attention.path for b in self.architecture.blocks if b.attention]
+        found = iter(attention_calls(self.model, paths, length, self.device) if paths else [])
+        nothing = AttentionCall((), {}, torch.empty(0))
+        return [next(found) if b.attention else nothing for b in self.architecture.blocks]
+
+    def embed(self, ids: Int[ndarray, "prompts position"]) -> Tensor:
+        """What the first block receives."""
+        return block_input(self.model, self.architecture.blocks[0].path, torch.from_numpy(ids).to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class Batch:
+    """One batch of prompts of equal length, `live` the prompts that are run, `clean` those whose logits a metric may compare with."""
+
+    def __init__(
+        self, parts: Parts, bucket: Bucket, metric: Metric, live: Int[ndarray, "prompts position"], other: Int[ndarray, "prompts position"]
+    ) -> None:
+        self.index = bucket.index
+        self._parts, self._bucket, self._metric = parts, bucket, metric
+        self._live_ids, self._other_ids = live, other
+        self._differences: tuple[SourceRun, Tensor] | None = None
+        self._unmixed: tuple[SourceRun, bytes, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def _calls(self) -> list[AttentionCall]:
+        return self._parts.calls(self._live_ids.shape[1])
+
+    @cached_property
+    def _input(self) -> Tensor:
+        return self._parts.embed(self._live_ids)
+
+    @cached_property
+    def live(self) -> LiveRun:
+        """The model's own run."""
+        return self._plain(self._input)
+
+    def other_values(self) -> Tensor:
+        """What the writers say on the pairs' other prompts, `[writers, prompts, position, d_model]`."""
+        return self._plain(self._parts.embed(self._other_ids)).values
+
+    def source_run(self, values: Tensor) -> SourceRun:
+        return SourceRun.of(values, self._parts.joints, self._parts.sites)
+
+    def forget(self) -> None:
+        """Drop the cached runs."""
+        self._differences = self._unmixed = None
+        self.__dict__.pop("live", None)
+        self.__dict__.pop("_input", None)
+
+    def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        starts = self._parts.sites.first_difference(masks)
+        out = np.empty((len(masks), len(self)))
+        order = np.argsort(starts, kind="stable")
+        at = 0
+        while at < len(order):
+            start = int(starts[order[at]])
+            chosen = order[at : at + self._lanes(start)]
+            out[chosen] = self._lanes_from(start, masks[chosen], source)
+            at += len(chosen)
+        return out
+
+    def _lanes(self, start: int) -> int:
+        sites, x = self._parts.sites, self._input
+        per_lane = (len(sites.graph.writers) - sites.writers_before(start) + 8) * x.numel() * x.element_size()
+        return max(1, _LANES_BYTES // per_lane)
+
+    def _lanes_from(self, start: int, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        sites = self._parts.sites
+        needed_readers, needed_writers = sites.graph.needed((masks != 0).any(axis=0))
+        shared = self._live_differences(source)[: sites.writers_before(start)]
+        bank = Bank(shared, len(masks), needed_writers, self._input)
+        stream = self.live.streams[start].expand(len(masks), *self._input.shape)
+        x = self._forward(masks, source, needed_readers).run(bank, stream, start)
+        values: Float[ndarray, "lanes prompts"] = self._measure(x[:, :, -1]).double().cpu().numpy()
+        return values
+
+    def gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mix: float) -> Float[ndarray, "prompts readers writers"]:
+        differences = None if mix == 1.0 else self._unmixed_differences(mask, source)
+        start_from = source.values[0] + mix * (self._input - source.values[0]) if mix != 1.0 else self._input
+        tape = Tape()
+        x, bank = self._from_the_input(mask, source, start_from, tape)
+        last = x[0, :, -1:].detach().requires_grad_()
+        with torch.enable_grad():
+            total = self._measure(last[None, :, 0]).sum()
+        (grad,) = torch.autograd.grad(total, last)
+        backward = Backward(self._parts.joints, self._parts.sites, bank.own[0] if differences is None else differences)
+        return backward.run(tape, grad) * self._parts.sites.graph.visible
+
+    def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Tensor:
+        """What every writer says under a mask, `[writers, prompts, position, d_model]`."""
+        if mask is None:
+            return self.live.values
+        _, bank = self._from_the_input(mask, source, self._input, None)
+        return bank.own[0] + source.values
+
+    def logits(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Tensor:
+        """All logits of a run under a mask, `[prompts, position, vocabulary]`."""
+        x, _ = self._from_the_input(mask, source, self._input, None)
+        return self._parts.joints.logits(x[0])
+
+    def _from_the_input(self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None) -> tuple[Tensor, Bank]:
+        everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
+        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start)
+        bank.write(np.array([0]), (start - source.values[0])[None, None])
+        forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
+        return forward.run(bank, start[None], 0), bank
+
+    def _plain(self, start: Tensor) -> LiveRun:
+        sites = self._parts.sites
+        ones = np.ones((1, *sites.graph.shape), dtype=np.float32)
+        zero = self.source_run(start.new_zeros(len(sites.graph.writers), 1, 1, start.shape[-1]))
+        bank = Bank(start.new_empty(0, *start.shape), 1, np.ones(ones.shape[2], dtype=bool), start)
+        bank.write(np.array([0]), start[None, None])
+        forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool))
+        forward.run(bank, start[None], 0)
+        return LiveRun(bank.own[0], forward.streams)
+
+    def _forward(
+        self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun, needed: Bool[ndarray, " readers"], tape: Tape | None = None
+    ) -> Forward:
+        return Forward(self._parts.joints, self._parts.sites, self._calls, masks, source, needed, tape)
+
+    def _live_differences(self, source: SourceRun) -> Tensor:
+        if self._differences is None or self._differences[0] is not source:
+            self._differences = (source, self.live.values - source.values)
+        return self._differences[1]
+
+    def _unmixed_differences(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Tensor:
+        key = mask.tobytes()
+        if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != key:
+            _, bank = self._from_the_input(mask, source, self._input, None)
+            self._unmixed = (source, key, bank.own[0])
+        return self._unmixed[2]
+
+    def _measure(self, x: Tensor) -> Tensor:
+        """The metric, `[lanes, prompts]`, from the logits' inputs at the last position, `[lanes, prompts, d_model]`."""
+        tokens, target = self._target
+        logits = self._parts.joints.logits(x, tokens)
+        values: Tensor = self._metric(logits if logits.element_size() >= 4 else logits.float(), target)
+        return values
+
+    @cached_property
+    def _target(self) -> tuple[Tensor | None, Target]:
+        """The tokens whose logits the metric needs (None: all), and what it compares with."""
+        answers, wrong = self._bucket.answers, self._bucket.wrong_answers
+        tokens = None if self._metric.full_vocabulary else np.unique(np.concatenate([answers.ids.ravel(), wrong.ids.ravel()]))
+
+        def columns(sets: TokenSets) -> Tensor:
+            return torch.from_numpy(sets.ids if tokens is None else np.searchsorted(tokens, sets.ids)).to(self._parts.device)
+
+        def weights(sets: TokenSets) -> Tensor:
+            return torch.from_numpy(sets.weights).to(self._parts.device, self._weight_dtype)
+
+        clean = self._clean_log_probs() if self._metric.flat_at_clean else None
+        target = Target(columns(answers), weights(answers), columns(wrong), weights(wrong), clean)
+        return None if tokens is None else torch.from_numpy(tokens).to(self._parts.device), target
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self._input.dtype if self._input.element_size() >= 4 else torch.float32
+
+    def _clean_log_probs(self) -> Tensor:
+        clean = self._bucket.clean
+        run = self.live if clean is self._live_ids else self._plain(self._parts.embed(clean))
+        logits = self._parts.joints.logits(run.streams[-1][:, -1])
+        return log_softmax(logits.to(self._weight_dtype))  # type: ignore[no-any-return]

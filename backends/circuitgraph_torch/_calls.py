@@ -1,0 +1,111 @@
+"""What the untouched model hands to its parts: the input of the first block, and the arguments of every attention call.
+
+Rotary tables, causal and sliding-window masks come out of the model's own forward, so no variant of them is written here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuitgraph._errors import TraceError
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call's arguments at batch size 1; `hidden` is the tensor among them that the projections read."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: Tensor
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other hidden states in their place."""
+
+        def swap(value: Any) -> Any:
+            return hidden if value is self.hidden else value
+
+        return tuple(swap(a) for a in self.args), {name: swap(value) for name, value in self.kwargs.items()}
+
+
+class _Enough(Exception):
+    """Stops a forward once everything wanted has been seen."""
+
+
+def forward_arguments(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Explicit positions and no cache, as far as the model's `forward` takes them."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
+    return arguments
+
+
+def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The untouched model's logits, `[prompts, position, vocabulary]`."""
+    with torch.no_grad():
+        out = model(ids, **forward_arguments(model, ids))
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if logits is None:
+        logits = out[0]
+    if not isinstance(logits, Tensor):
+        raise TraceError(f"{type(model).__name__}: its forward returns {type(logits).__name__}, expected logits")
+    return logits
+
+
+def block_input(model: nn.Module, first_block: str, ids: Tensor) -> Tensor:
+    """The embeddings as the first block receives them, positions and scales included, `[prompts, position, d_model]`."""
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_hidden(args, kwargs).detach().clone())
+        raise _Enough
+
+    _run_until(model, ids, [(first_block, look)])
+    return seen[0]
+
+
+def attention_calls(model: nn.Module, paths: Sequence[str], length: int, device: torch.device) -> list[AttentionCall]:
+    """How the model calls each attention module on a prompt of this length. The tokens themselves do not matter."""
+    calls: dict[str, AttentionCall] = {}
+
+    def look_at(path: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[path] = AttentionCall(args, dict(kwargs), _hidden(args, kwargs))
+            if len(calls) == len(paths):
+                raise _Enough
+
+        return look
+
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    _run_until(model, ids, [(path, look_at(path)) for path in paths])
+    return [calls[path] for path in paths]
+
+
+def _run_until(model: nn.Module, ids: Tensor, hooks: Sequence[tuple[str, Callable[..., None]]]) -> None:
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True) for path, hook in hooks]
+    try:
+        with torch.no_grad():
+            model(ids, **forward_arguments(model, ids))
+    except _Enough:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [path for path, _ in hooks]
+    if missing:
+        raise TraceError(f"the model's forward ended without calling all of {missing[0]} ... {missing[-1]}")
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
+            return value
+    raise TraceError("a block or an attention module is called without hidden states [prompts, position, d_model]")

@@ -1,0 +1,199 @@
+"""The PyTorch engine: a traced model bound to prompt pairs, a metric and a source. See `circuitgraph._engine.Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitgraph._engine import Source, WriterValues, check_gradient
+from circuitgraph._errors import CircuitGraphError, TaskError
+from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric, check_answers
+from circuitgraph._pairs import Bucket, PromptPairs, TokenSets
+from circuitgraph_torch._batch import Batch, Parts
+from circuitgraph_torch._forward import SourceRun
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+_BATCH_BYTES = 1 << 28  # what one run may keep of its writers; larger buckets are cut
+_CACHE_BYTES = 1 << 32  # above this, cached runs are dropped after each batch
+
+
+@dataclass(frozen=True, eq=False)
+class TorchWriterValues:
+    """Writer values on the device, batch by batch: `[writers, prompts, position, d_model]`."""
+
+    batches: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
+        batch, row = self.places[prompt]
+        values: Float[ndarray, "writers position d_model"] = self.batches[batch][:, row].float().cpu().numpy()
+        return values
+
+
+class TorchEngine:
+    """`activations`, `evaluate` and `gradient` of a traced PyTorch model. Made by `TracedModel.bind`."""
+
+    def __init__(self, parts: Parts, pairs: PromptPairs, metric: Metric, source: Source, *, is_reversed: bool = False) -> None:
+        check_answers(metric, pairs.wrong_answers)
+        if pairs.largest_token >= parts.architecture.vocabulary:
+            raise TaskError(f"token id {pairs.largest_token} is outside the model's vocabulary of {parts.architecture.vocabulary}")
+        self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
+        self._is_reversed = is_reversed
+        self._batches = [
+            Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
+            for bucket in pairs.buckets()
+            for part in _cut(bucket, self._prompts_per_batch(bucket))
+        ]
+        self._sources: dict[int, SourceRun] = {}
+        total = sum(len(b) * b._live_ids.shape[1] for b in self._batches) * self._bytes_per_token
+        self._keeps_runs = len(self._batches) == 1 or 3 * total <= _CACHE_BYTES
+
+    @property
+    def graph(self) -> Graph:
+        return self._parts.sites.graph
+
+    @property
+    def metric(self) -> Metric:
+        return self._metric
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self._pairs)
+
+    @torch.no_grad()
+    def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> TorchWriterValues:
+        checked = None if mask is None else self._masks(mask, n_dims=2)
+        values: list[Tensor] = []
+        places: dict[int, tuple[int, int]] = {}
+        for number, batch in enumerate(self._batches):
+            values.append(batch.values(checked, self._source_run(number, source)))
+            places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
+            self._done(number)
+        return TorchWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
+
+    @torch.no_grad()
+    def evaluate(
+        self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "lanes prompts"]:
+        checked = self._masks(masks, n_dims=3)
+        out = np.empty((len(checked), self.n_prompts))
+        for number, batch in enumerate(self._batches):
+            out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
+            self._done(number)
+        return out
+
+    @torch.no_grad()
+    def gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
+    ) -> Float[ndarray, "prompts readers writers"]:
+        checked = self._masks(mask, n_dims=2)
+        check_gradient(self._metric, checked, self.graph, mix)
+        out = np.empty((self.n_prompts, *self.graph.shape))
+        for number, batch in enumerate(self._batches):
+            out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
+            self._done(number)
+        return out
+
+    def reversed(self) -> TorchEngine:
+        return TorchEngine(self._parts, self._pairs, self._metric, self._source, is_reversed=not self._is_reversed)
+
+    def logits(self, mask: Float[ndarray, "readers writers"]) -> Iterator[tuple[Batch, Tensor]]:
+        """All logits under a mask, `[prompts, position, vocabulary]`, batch by batch."""
+        checked = self._masks(mask, n_dims=2)
+        for number, batch in enumerate(self._batches):
+            with torch.no_grad():
+                yield batch, batch.logits(checked, self._source_run(number, None))
+
+    def _masks(self, masks: Float[ndarray, ...], n_dims: int) -> Float[ndarray, ...]:
+        checked = np.asarray(masks)
+        wanted = "[lanes, readers, writers]" if n_dims == 3 else "[readers, writers]"
+        if checked.ndim != n_dims or checked.shape[-2:] != self.graph.shape:
+            raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {self.graph.shape} readers and writers")
+        dtype = np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32
+        return checked.astype(dtype)
+
+    def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
+        batch = self._batches[number]
+        if override is not None:
+            return batch.source_run(self._own_values(override, number))
+        if number not in self._sources:
+            self._sources[number] = batch.source_run(self._source_values(batch))
+        return self._sources[number]
+
+    def _own_values(self, values: WriterValues, number: int) -> Tensor:
+        """Somebody's writer values for one of our batches."""
+        batch = self._batches[number]
+        if len(values) != self.n_prompts:
+            raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {self.n_prompts}")
+        if isinstance(values, TorchWriterValues) and len(values.batches) == len(self._batches):
+            if all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index)):
+                return values.batches[number]
+        stacked = np.stack([values[int(i)] for i in batch.index], axis=1)
+        return torch.from_numpy(stacked).to(next(self._parts.model.parameters()))
+
+    def _source_values(self, batch: Batch) -> Tensor:
+        if self._source.kind == "corrupted":
+            return batch.other_values()
+        if self._source.kind == "zero":
+            d_model = self._parts.architecture.d_model
+            return next(self._parts.model.parameters()).new_zeros(len(self.graph.writers), 1, 1, d_model)
+        length = batch._live_ids.shape[1]
+        return self._mean(length if self._source.kind == "mean-per-position" else None)
+
+    def _mean(self, length: int | None) -> Tensor:
+        """Mean writer values over the reference prompts: per position over those of this length, or over everything."""
+        total, count = None, 0
+        for bucket in (self._source.data or self._pairs).buckets():
+            if length is not None and bucket.clean.shape[1] != length:
+                continue
+            for part in _cut(bucket, self._prompts_per_batch(bucket)):
+                ids = part.clean if self._source.data is not None else part.corrupted
+                values = Batch(self._parts, part, self._metric, ids, ids).live.values
+                summed = values.sum(1, keepdim=True) if length is not None else values.sum((1, 2), keepdim=True)
+                total = summed if total is None else total + summed
+                count += values.shape[1] * (1 if length is not None else values.shape[2])
+        if total is None:
+            raise TaskError(f"mean per position: no reference prompt has {length} tokens; give data with prompts of every length in use")
+        return total / count
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return len(self.graph.writers) * self._parts.architecture.d_model * next(self._parts.model.parameters()).element_size()
+
+    def _prompts_per_batch(self, bucket: Bucket) -> int:
+        return max(1, _BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1]))
+
+    def _done(self, number: int) -> None:
+        if not self._keeps_runs:
+            self._batches[number].forget()
+            self._sources.pop(number, None)
+
+
+def _cut(bucket: Bucket, size: int) -> Iterator[Bucket]:
+    """Parts of a bucket of at most `size` prompts."""
+    for at in range(0, len(bucket.index), size):
+        rows = slice(at, at + size)
+        yield replace(
+            bucket,
+            index=bucket.index[rows],
+            clean=bucket.clean[rows],
+            corrupted=bucket.corrupted[rows],
+            answers=_rows(bucket.answers, rows),
+            wrong_answers=_rows(bucket.wrong_answers, rows),
+        )
+
+
+def _rows(sets: TokenSets, rows: slice) -> TokenSets:
+    return TokenSets(sets.ids[rows], sets.weights[rows])

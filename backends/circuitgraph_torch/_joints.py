@@ -1,0 +1,293 @@
+"""A model taken apart at its joints: attention, MLP, logits. The model's own modules compute; only the wiring is ours."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from circuitgraph._architecture import MLP, Architecture, Attention, Norm, Projection
+from circuitgraph._errors import TraceError
+from circuitgraph_torch._calls import AttentionCall
+
+
+@dataclass(frozen=True)
+class NormJoint:
+    """A norm module and what its backward needs: gain `[d_model]` (or a number), epsilon, kind."""
+
+    module: nn.Module
+    kind: str
+    eps: float
+    gain: Tensor | float
+
+    @classmethod
+    def of(cls, model: nn.Module, norm: Norm | None) -> NormJoint | None:
+        if norm is None:
+            return None
+        module = model.get_submodule(norm.path)
+        weight = getattr(module, "weight", None)
+        return cls(module, norm.kind, norm.eps, 1.0 if weight is None else weight.detach() + norm.gain_offset)
+
+    def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`."""
+        centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return centred * scale, scale
+
+    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""
+        xhat, scale = self.standardised(x)
+        grad.mul_(self.gain)
+        along = (grad * xhat).mean(-1, keepdim=True)
+        if self.kind == "layer":
+            grad.sub_(grad.mean(-1, keepdim=True))
+        return grad.addcmul_(xhat, along, value=-1).mul_(scale)
+
+    def split(self, parts: Tensor, total: Tensor) -> Tensor:
+        """The norm of `total`, shared out to `parts` that add up to it: all parts get the scale of the total."""
+        _, scale = self.standardised(total)
+        centred = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
+        return centred * (scale * self.gain)
+
+
+class AttentionJoint:
+    """The attention of one layer between its readers and its heads.
+
+    Readers are ordered `q` heads, `k` inputs, `v` inputs. `weights` `[readers, head_dim, d_model]` and `biases` `[readers, head_dim]` project
+    a reader's normalised input; the model's own attention code, with these projections put in place of its own, does the rest.
+    """
+
+    def __init__(self, model: nn.Module, attention: Attention, d_model: int, *, per_head_kv: bool) -> None:
+        self.norm = NormJoint.of(model, attention.norm)
+        self.post_norm = NormJoint.of(model, attention.post_norm)
+        self.scale = attention.scale
+        self.n_heads, self.n_groups = attention.q.n_heads, attention.k.n_heads
+        self.head_dim = attention.q.head_dim
+        self.group_size = self.n_heads // self.n_groups
+        self.kv_per_head = per_head_kv and self.group_size > 1
+        self.n_readers = self.n_heads * 3 if self.kv_per_head else self.n_heads + 2 * self.n_groups
+        self._load_weights(model, attention, d_model)
+        self._make_twin(model, attention, d_model)
+
+    def _load_weights(self, model: nn.Module, attention: Attention, d_model: int) -> None:
+        projections = (attention.q, attention.k, attention.v)
+        if len({p.head_dim for p in projections}) > 1:
+            raise TraceError(f"{attention.path}: queries, keys and values differ in head_dim, which this engine does not read yet")
+        parts = [_head_weights(model, p) for p in projections]
+        if self.kv_per_head:
+            parts = [parts[0], *((w.repeat_interleave(self.group_size, 0), b.repeat_interleave(self.group_size, 0)) for w, b in parts[1:])]
+        self.weights = torch.cat([w for w, _ in parts]).contiguous()
+        self.biases = torch.cat([b for _, b in parts]).contiguous()
+        weight, bias = affine(model.get_submodule(attention.o))
+        self.out_weights = weight.T.reshape(self.n_heads, self.head_dim, d_model).contiguous()
+        self.out_bias = bias
+        if bias is not None and self.post_norm is not None:
+            raise TraceError(f"{attention.o}: an output bias under a post-norm belongs to no head; this engine does not read it yet")
+
+    def _make_twin(self, model: nn.Module, attention: Attention, d_model: int) -> None:
+        base = attention.path + "."
+        self._given = {p.path: _Given() for p in (attention.q, attention.k, attention.v)}
+        self._seen = _Seen(d_model)
+        replaced: dict[str, nn.Module] = {path.removeprefix(base): given for path, given in self._given.items()}
+        replaced[attention.o.removeprefix(base)] = self._seen
+        self._twin = _twin(model.get_submodule(attention.path), replaced)
+        # One pass of the attention code serves all heads, or, with a key and value per head, one head of every group.
+        self._passes = [self._columns(attention, member) for member in range(self.group_size if self.kv_per_head else 1)]
+
+    def _columns(self, attention: Attention, member: int) -> dict[str, Tensor]:
+        """For each projection module, which columns of the readers' outputs side by side are its features."""
+        features: dict[str, dict[int, int]] = {path: {} for path in self._given}
+        reader = 0
+        for projection in (attention.q, attention.k, attention.v):
+            grouped = projection is not attention.q
+            for head in range(projection.n_heads):
+                row = reader + (head * self.group_size + member if grouped and self.kv_per_head else head)
+                for column, feature in enumerate(projection.features(head)):
+                    features[projection.path][feature] = row * self.head_dim + column
+            reader += self.n_heads if grouped and self.kv_per_head else projection.n_heads
+        device = self.weights.device
+        return {path: torch.tensor([at[f] for f in range(len(at))], device=device) for path, at in features.items()}
+
+    def attend(self, projected: Tensor, call: AttentionCall, *, rows_are_shared: bool) -> Tensor:
+        """The heads' mixed values `[prompts, position, heads, head_dim]` from `projected` `[prompts, position, readers * head_dim]`.
+
+        `rows_are_shared`: all readers of a kind say the same within each group, so one pass is enough.
+        """
+        passes = self._passes[:1] if rows_are_shared else self._passes
+        mixed = [self._pass(projected, columns, call) for columns in passes]
+        if len(mixed) == 1:
+            return mixed[0]
+        member = torch.arange(self.n_heads, device=projected.device) % self.group_size
+        return torch.stack(mixed)[member, :, :, torch.arange(self.n_heads, device=projected.device)].permute(1, 2, 0, 3)
+
+    def _pass(self, projected: Tensor, columns: dict[str, Tensor], call: AttentionCall) -> Tensor:
+        for path, index in columns.items():
+            self._given[path].value = _take(projected, index)
+        n, length = projected.shape[:2]
+        args, kwargs = call.with_hidden(call.hidden.new_zeros(1, 1, 1).expand(n, length, call.hidden.shape[-1]))
+        self._twin(*args, **kwargs)
+        mixed, self._seen.value = self._seen.value, None
+        for given in self._given.values():
+            given.value = None
+        assert mixed is not None, "the attention code did not call its output projection"
+        return mixed.reshape(n, length, self.n_heads, self.head_dim)
+
+    def write(self, mixed: Tensor, heads: Sequence[int]) -> Tensor:
+        """What the heads add to the stream, `[heads, prompts, position, d_model]`, for some of them."""
+        n, length = mixed.shape[:2]
+        chosen = [*heads] if self.post_norm is None else [*range(self.n_heads)]
+        whole = len(chosen) == self.n_heads
+        values = mixed.reshape(n * length, self.n_heads, self.head_dim).transpose(0, 1)
+        weights = self.out_weights if whole else self.out_weights[chosen]
+        out = torch.bmm(values if whole else values[chosen], weights).view(len(chosen), n, length, -1)
+        if self.post_norm is not None:
+            out = self.post_norm.split(out, out.sum(0))
+            out = out if len(heads) == self.n_heads else out[[*heads]]
+        return out if self.scale == 1.0 else out * self.scale
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What this layer's attention adds to the stream that belongs to no head, `[d_model]`."""
+        bias = getattr(self.post_norm.module, "bias", None) if self.post_norm else self.out_bias
+        return None if bias is None else bias.detach() * self.scale
+
+
+class MLPJoint:
+    """An MLP from the stream to what it adds to it."""
+
+    def __init__(self, model: nn.Module, mlp: MLP) -> None:
+        self.norm = NormJoint.of(model, mlp.norm)
+        self._post_norm = NormJoint.of(model, mlp.post_norm)
+        self._modules = [model.get_submodule(path) for path in mlp.modules]
+        self._scale = mlp.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[prompts, position, d_model]` to the same."""
+        y = x if self.norm is None else self.norm.module(x)
+        for module in self._modules:
+            y = module(y)
+            y = y[0] if isinstance(y, tuple) else y  # some experts return their router's logits too
+        y = y if self._post_norm is None else self._post_norm.module(y)
+        return y if self._scale == 1.0 else y * self._scale
+
+
+class LogitsJoint:
+    """The final norm and the unembedding."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self._norm = NormJoint.of(model, architecture.final_norm)
+        self._module = model.get_submodule(architecture.unembedding)
+        self._scale, self._softcap = architecture.logit_scale, architecture.logit_softcap
+
+    def __call__(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits `[..., vocabulary]` from the final stream `[..., d_model]`, or only those of `tokens`."""
+        y = x if self._norm is None else self._norm.module(x)
+        if tokens is None or not isinstance(self._module, nn.Linear):
+            y = self._module(y) if tokens is None else self._module(y)[..., tokens]
+        else:
+            bias = self._module.bias
+            y = functional.linear(y, self._module.weight[tokens], None if bias is None else bias[tokens])
+        y = y if self._scale == 1.0 else y * self._scale
+        return y if self._softcap is None else torch.tanh(y / self._softcap) * self._softcap
+
+
+@dataclass(frozen=True)
+class LayerJoints:
+    attention: AttentionJoint | None
+    mlp: MLPJoint | None
+    is_parallel: bool
+
+
+@dataclass(frozen=True)
+class ModelJoints:
+    layers: tuple[LayerJoints, ...]
+    logits: LogitsJoint
+
+    @classmethod
+    def of(cls, model: nn.Module, architecture: Architecture, *, per_head_kv: bool) -> ModelJoints:
+        def layer(block: Any) -> LayerJoints:
+            attention = block.attention and AttentionJoint(model, block.attention, architecture.d_model, per_head_kv=per_head_kv)
+            return LayerJoints(attention, block.mlp and MLPJoint(model, block.mlp), block.parallel)
+
+        with torch.no_grad():
+            return cls(tuple(layer(block) for block in architecture.blocks), LogitsJoint(model, architecture))
+
+
+def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight `[out, in]` and bias `[out]` of a module that computes `x @ W.T + b`. Which way round its weight lies is tried out."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+        for matrix in (weight.detach(), weight.detach().T):
+            if (bias is None or len(bias) == len(matrix)) and _computes(module, matrix, bias):
+                return matrix, None if bias is None else bias.detach()
+    raise TraceError(f"{type(module).__name__} is not a plain linear layer; merge adapters or dequantise the model before tracing")
+
+
+def _computes(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> bool:
+    x = torch.linspace(-1, 1, matrix.shape[1], device=matrix.device).to(matrix.dtype).sin()[None]
+    try:
+        got = module(x)
+    except RuntimeError:
+        return False  # the other way round: the widths do not fit
+    expected = functional.linear(x, matrix, bias)
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-2, atol=1e-3)
+
+
+def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Tensor]:
+    weight, bias = affine(model.get_submodule(projection.path))
+    features = torch.tensor([[*projection.features(head)] for head in range(projection.n_heads)], device=weight.device)
+    return weight[features], weight.new_zeros(features.shape) if bias is None else bias[features]
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Columns of the last axis; a slice where they are consecutive."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first == len(index) - 1 and bool((index[1:] - index[:-1] == 1).all()):
+        return values[..., first : last + 1]
+    return values[..., index]
+
+
+class _Given(nn.Module):
+    """Stands in for a projection: says what it was given."""
+
+    value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.value is not None
+        return self.value
+
+
+class _Seen(nn.Module):
+    """Stands in for the output projection: keeps what it is shown."""
+
+    value: Tensor | None = None
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self._d_model = d_model
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x
+        return x.new_zeros(1, 1, 1).expand(*x.shape[:-1], self._d_model)
+
+
+def _twin(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
+    """A shallow copy that shares all parameters, without hooks, with some submodules replaced. The original is not touched."""
+    twin = copy.copy(module)
+    twin.__dict__ = dict(module.__dict__)
+    twin.__dict__.pop("forward", None)  # wrappers of nnsight or accelerate
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin._modules = dict(module._modules)
+    for name, child in module._modules.items():
+        inside = {path.removeprefix(f"{name}."): new for path, new in replaced.items() if path.startswith(f"{name}.")}
+        if name in replaced:
+            twin._modules[name] = replaced[name]
+        elif inside and child is not None:
+            twin._modules[name] = _twin(child, inside)
+    return twin

@@ -1,0 +1,191 @@
+"""The proof of a trace: what the replay says, beside what the untouched model says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitgraph._engine import Check, Source
+from circuitgraph._errors import TraceError
+from circuitgraph._metrics import NLL
+from circuitgraph._pairs import PromptPairs
+from circuitgraph_torch._batch import Parts
+from circuitgraph_torch._calls import original_logits
+from circuitgraph_torch._engine import TorchEngine
+from circuitgraph_torch._window import capture
+
+if TYPE_CHECKING:
+    from circuitgraph._architecture import Architecture
+
+# Largest difference allowed, over the largest value. Half-precision models round every sum of the stream.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the replay is from the original on a sample of tokens, relative to the largest value."""
+
+    residual_error: float
+    logits_error: float
+    largest_logit: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        return (
+            f"writers add up to the final residual within {self.residual_error:.1e}, F(1) is the model's logits within "
+            f"{self.logits_error:.1e} of the largest, {self.largest_logit:.3g} (tolerance {self.tolerance:.0e})"
+        )
+
+
+def prove(parts: Parts, *, n_prompts: int = 2, length: int = 12, seed: int = 0) -> Proof:
+    """Compare on random tokens. Raises `TraceError` that names the first module whose output the replay does not reproduce."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, parts.architecture.vocabulary, (n_prompts, length))
+    tolerance = _TOLERANCE.get(next(parts.model.parameters()).dtype, 1e-5)
+    tokens = torch.from_numpy(ids).to(parts.device)
+    paths = _component_paths(parts.architecture)
+    seen = dict(zip(paths, capture(parts.model, paths, tokens), strict=True))
+    original = original_logits(parts.model, tokens)
+    if not bool(torch.isfinite(original).all()):
+        raise TraceError("the model's logits are not finite on a sample of tokens, so nothing can be measured on it; check its weights")
+    engine = _engine_on(parts, ids)
+    values = engine.activations().batches[0]
+    _check_components(parts, seen, values, tolerance)
+    end = seen[parts.architecture.blocks[-1].path]
+    residual = _relative(values.sum(0) + _constants(parts, values), end)
+    logits = _relative(_all_logits(engine, 1.0), original)
+    if not logits <= tolerance or not residual <= tolerance:
+        raise TraceError(
+            f"the replay differs from the model after the last block (residual {residual:.1e}, logits {logits:.1e}, allowed "
+            f"{tolerance:.0e}): the final norm {parts.architecture.final_norm}, the unembedding or its scale and soft-capping"
+        )
+    return Proof(residual, logits, float(original.abs().max()), tolerance)
+
+
+def checks(parts: Parts, pairs: PromptPairs) -> Iterator[Check]:
+    """The invariants of a trace on somebody's prompts, cheapest first."""
+    tolerance = _TOLERANCE.get(next(parts.model.parameters()).dtype, 1e-5)
+    engine = TorchEngine(parts, pairs, NLL(), Source())
+    yield Check("F(1) is the model", "largest logit difference, relative", _worst(parts, engine, pairs.clean, 1.0), tolerance)
+    yield Check("F(0) is the source run", "largest logit difference, relative", _worst(parts, engine, pairs.corrupted, 0.0), tolerance)
+    yield Check("readers are the sum of their writers", "largest difference, relative", _stream_error(parts, engine), tolerance)
+    yield Check("padding changes nothing", "largest logit difference, relative", _padding_error(parts, pairs), tolerance)
+    dead = _dead_readers(engine)
+    what = f"of {len(parts.sites.graph.readers)} readers, those whose patch moves no prompt ({', '.join(dead[:8]) or 'none'})"
+    yield Check("readers move the output", what, float(len(dead)), float(len(parts.sites.graph.readers) - 1))
+
+
+def _worst(parts: Parts, engine: TorchEngine, prompts: object, mask: float) -> float:
+    """Largest relative logit difference between `F(mask)` and the untouched model on these prompts."""
+    worst = 0.0
+    for batch, logits in engine.logits(np.full(engine.graph.shape, mask)):
+        ids = np.stack([prompts[int(i)] for i in batch.index])  # type: ignore[index]
+        worst = _larger(worst, _relative(logits, original_logits(parts.model, torch.from_numpy(ids).to(parts.device))))
+    return worst
+
+
+def _stream_error(parts: Parts, engine: TorchEngine) -> float:
+    """Each layer's input, as the original computes it, against the sum of the writers before it."""
+    paths = [block.path for block in parts.architecture.blocks]
+    worst = 0.0
+    for batch in engine._batches:
+        with torch.no_grad():
+            values = batch.live.values
+        ends = capture(parts.model, paths, torch.from_numpy(batch._live_ids).to(parts.device))
+        for number, end in enumerate(ends):
+            before = parts.sites.writers_before(number + 1)
+            summed = values[:before].sum(0) + _constants(parts, values, number + 1)
+            worst = _larger(worst, _relative(summed, end))
+    return worst
+
+
+def _padding_error(parts: Parts, pairs: PromptPairs) -> float:
+    """Tokens behind a prompt must not change what is said at its own positions."""
+    few = pairs.select(range(min(4, len(pairs))))
+    longer = PromptPairs(
+        clean=[np.append(ids, [0, 0, 0]) for ids in few.clean], corrupted=[np.append(ids, [0, 0, 0]) for ids in few.corrupted], answers=few.answers
+    )
+    mask = np.random.default_rng(0).uniform(size=parts.sites.graph.shape)
+    worst = 0.0
+    plain, padded = (TorchEngine(parts, p, NLL(), Source()).logits(mask) for p in (few, longer))
+    for (_, expected), (_, got) in zip(plain, padded, strict=True):
+        worst = _larger(worst, _relative(got[:, : expected.shape[1]], expected))
+    return worst
+
+
+def _dead_readers(engine: TorchEngine) -> list[str]:
+    ones = np.ones(engine.graph.shape, dtype=np.float32)
+    whole = engine.evaluate(ones[None])[0]
+    dead = []
+    for r in range(len(engine.graph.readers) - 1, -1, -1):
+        mask = ones.copy()
+        mask[r] = 0
+        if np.array_equal(engine.evaluate(mask[None])[0], whole):
+            dead.append(engine.graph.readers[r].name)
+    return dead
+
+
+def _component_paths(architecture: Architecture) -> list[str]:
+    paths: list[str] = []
+    for block in architecture.blocks:
+        if block.attention:
+            paths.append(block.attention.post_norm.path if block.attention.post_norm else block.attention.o)
+        if block.mlp:
+            paths.append(block.mlp.post_norm.path if block.mlp.post_norm else block.mlp.modules[-1])
+        paths.append(block.path)
+    return paths
+
+
+def _check_components(parts: Parts, seen: dict[str, Tensor], values: Tensor, tolerance: float) -> None:
+    """Raises `TraceError` at the first attention or MLP whose writers do not add up to what the original's module said."""
+    for block, layer, joint in zip(parts.architecture.blocks, parts.sites.layers, parts.joints.layers, strict=True):
+        found: list[tuple[str, Tensor, float]] = []
+        if block.attention and joint.attention:
+            heads = values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
+            constant = joint.attention.constant
+            path = block.attention.post_norm.path if block.attention.post_norm else block.attention.o
+            found.append((path, heads if constant is None else heads + constant, block.attention.scale))
+        if block.mlp:
+            path = block.mlp.post_norm.path if block.mlp.post_norm else block.mlp.modules[-1]
+            found.append((path, values[layer.mlp_writer], block.mlp.scale))
+        for path, written, scale in found:
+            error = _relative(written, seen[path].reshape(written.shape) * scale)
+            # A component is compared with its own size, which may be far below the stream's: allow for that.
+            if not error <= 10 * tolerance:
+                raise TraceError(
+                    f"the replay differs from the model at {path}: relative difference {error:.1e}, allowed {10 * tolerance:.0e}; "
+                    f"check how the description wires {block.path}"
+                )
+
+
+def _constants(parts: Parts, like: Tensor, n_layers: int | None = None) -> Tensor:
+    """The sum of the attention biases of the first layers, `[d_model]`."""
+    total = like.new_zeros(like.shape[-1])
+    for joint in parts.joints.layers[:n_layers]:
+        if joint.attention is not None and joint.attention.constant is not None:
+            total = total + joint.attention.constant
+    return total
+
+
+def _engine_on(parts: Parts, ids: np.ndarray) -> TorchEngine:
+    other = (ids + 1) % parts.architecture.vocabulary
+    return TorchEngine(parts, PromptPairs(clean=ids, corrupted=other, answers=ids[:, 0]), NLL(), Source())  # type: ignore[arg-type]
+
+
+def _all_logits(engine: TorchEngine, mask: float) -> Tensor:
+    ((_, logits),) = engine.logits(np.full(engine.graph.shape, mask))
+    return logits
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    largest = float(expected.abs().max())
+    return float((got - expected).abs().max()) / max(largest, 1e-30)
+
+
+def _larger(a: float, b: float) -> float:
+    return b if np.isnan(b) else max(a, b)  # max(a, nan) would hide the NaN

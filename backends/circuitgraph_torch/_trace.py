@@ -1,0 +1,133 @@
+"""`trace`: from a model to its graph, its engine and the proof that they are the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from circuitgraph._architecture import Architecture
+from circuitgraph._engine import Check, Source, SourceKind
+from circuitgraph._errors import TraceError, unknown_name
+from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric, metric_named
+from circuitgraph._pairs import PromptPairs
+from circuitgraph_torch._batch import Parts
+from circuitgraph_torch._calls import original_logits
+from circuitgraph_torch._engine import TorchEngine
+from circuitgraph_torch._find import find_architecture
+from circuitgraph_torch._joints import ModelJoints
+from circuitgraph_torch._load import load
+from circuitgraph_torch._prove import Proof, checks, prove
+from circuitgraph_torch._sites import Sites
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class TorchModel:
+    """A traced PyTorch model. `proof` says how far its replay is from the original."""
+
+    name: str
+    tokenizer: Any | None
+    proof: Proof
+    _parts: Parts
+
+    @property
+    def graph(self) -> Graph:
+        return self._parts.sites.graph
+
+    @property
+    def architecture(self) -> Architecture:
+        return self._parts.architecture
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, untouched."""
+        return self._parts.model
+
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        import transformers
+
+        parameter = next(self.module.parameters())
+        return {
+            "id": self.name,
+            "weights_sha256": _weights_hash(self.module),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": parameter.device.type,
+            "backend": "torch",
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> TorchEngine:
+        """An engine for these prompts. Raises `TaskError` when prompts, metric and model do not fit together."""
+        wanted = source if isinstance(source, Source) else Source(source)
+        return TorchEngine(self._parts, pairs, metric_named(metric), wanted)
+
+    def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
+        out = np.empty((len(pairs), self.architecture.vocabulary), dtype=np.float32)
+        for bucket in pairs.buckets():
+            ids = torch.from_numpy(bucket.clean).to(self._parts.device)
+            out[bucket.index] = original_logits(self.module, ids)[:, -1].float().cpu().numpy()
+        return out
+
+    def checks(self, pairs: PromptPairs) -> Iterator[Check]:
+        return checks(self._parts, pairs)
+
+
+def trace(
+    model: Any,
+    *,
+    architecture: Architecture | None = None,
+    per_head_kv: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any | None = None,
+) -> TorchModel:
+    """Find a model's wiring, take it apart at its joints, and prove that the replay is the model.
+
+    `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, an `nn.Module` or an nnsight model. `architecture`: a description
+    to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too).
+    Raises `TraceError` naming the joint that is missing, or the first module that differs.
+    """
+    loaded = load(model, tokenizer)
+    module = loaded.model.to(device=device, dtype=_dtype(dtype))
+    was_training = module.training
+    module.eval()
+    try:
+        found = find_architecture(module) if architecture is None else architecture
+        joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
+        parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found))
+        proof = prove(parts)
+    except AttributeError as error:
+        raise TraceError(f"the architecture description does not fit the model: {error}") from error
+    finally:
+        module.train(was_training)
+    return TorchModel(loaded.name, loaded.tokenizer, proof, parts)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in _DTYPES:
+        raise unknown_name("dtype", dtype, _DTYPES)
+    return _DTYPES[dtype]
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
