@@ -17,6 +17,7 @@ from circuitgraph._pairs import PromptPairs
 from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
+from circuitgraph_torch._prove_feeds import prove_feeds
 from circuitgraph_torch._window import capture
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def prove(parts: Parts, *, n_prompts: int = 2, length: int = 12, seed: int = 0) 
     engine = _engine_on(parts, ids)
     values = engine.activations().batches[0]
     _check_components(parts, seen, values, tolerance)
+    prove_feeds(parts)
     end = seen[parts.architecture.blocks[-1].path]
     residual = _relative(values.sum(0) + _constants(parts, values), end)
     logits = _relative(_all_logits(engine, 1.0), original)

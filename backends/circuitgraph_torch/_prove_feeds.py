@@ -1,0 +1,73 @@
+"""The proof of the labels: which reader feeds which head, and which is a query, a key, a value.
+
+`F(1)` cannot tell two heads' readers apart, since all of them read the same stream there. So each reader's projection is replaced by noise at
+the first position and in the middle in turn, and what moves behind the attention must be what the graph says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuitgraph._errors import TraceError
+from circuitgraph._names import Reader
+from circuitgraph_torch._batch import Parts
+from circuitgraph_torch._calls import AttentionCall
+from circuitgraph_torch._joints import AttentionJoint
+
+_LENGTH, _MIDDLE = 8, 4
+_DRAWS = 8  # a sharp attention pattern may not move for one draw of noise
+
+
+def prove_feeds(parts: Parts) -> None:
+    """Raises `TraceError` at the first reader that does not move what its name and the graph say it moves."""
+    graph = parts.sites.graph
+    calls = parts.calls(_LENGTH)
+    for block, layer, joints, call in zip(parts.architecture.blocks, parts.sites.layers, parts.joints.layers, calls, strict=True):
+        if joints.attention is None or layer.attention is None or block.attention is None:
+            continue
+        readers = graph.readers[layer.attention.first : layer.attention.stop]
+        feeds = graph.feeds[layer.attention.first : layer.attention.stop, layer.first_head : layer.first_head + layer.n_heads]
+        moved = _moved(joints.attention, call)
+        for reader, fed, first, middle in zip(readers, feeds, *moved, strict=True):
+            own = [int(name.rpartition(".h")[2]) for name in graph.nodes_of(reader)]
+            is_fed = torch.from_numpy(fed.copy()).to(first.device)
+            wrong = (first | middle)[:, ~is_fed].any() or not middle.any(0)[own].all()
+            if bool(wrong) or _kind(first[:, own], middle[:, own]) != reader.kind:
+                raise TraceError(_message(reader, block.attention.path, first, middle))
+
+
+def _moved(joint: AttentionJoint, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """For noise at the first position and in the middle, `[readers, position, heads]`: did this head move there, in any draw?"""
+    n, width = joint.n_readers, joint.head_dim
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(_DRAWS, 1, 1, _LENGTH, n * width, generator=generator).to(joint.weights)
+    noise = torch.randn(_DRAWS, width, generator=generator).to(joint.weights)
+    noisy = base.repeat(1, 2, n, 1, 1)
+    for reader in range(n):
+        features = slice(reader * width, (reader + 1) * width)
+        noisy[:, 0, reader, 0, features] = noise
+        noisy[:, 1, reader, _MIDDLE, features] = noise
+    batch = torch.cat([base.flatten(0, 2), noisy.flatten(0, 2)])
+    with torch.no_grad():
+        mixed = joint.attend(batch, call, rows_are_shared=False)
+    plain, disturbed = mixed[:_DRAWS, None, None], mixed[_DRAWS:].unflatten(0, (_DRAWS, 2, n))
+    change = (disturbed - plain).abs().amax(-1)
+    floor = max(1e-3, 4 * torch.finfo(mixed.dtype).eps)
+    moved = (change > floor * mixed.abs().amax()).any(0)
+    return moved[0], moved[1]
+
+
+def _kind(first: Tensor, middle: Tensor) -> str:
+    """From what moves `[position, heads]`: a value moves the first position by itself; a key moves later positions; a query only its own."""
+    if bool(first[0].any()):
+        return "v"
+    return "k" if bool(middle[_MIDDLE + 1 :].any()) else "q"
+
+
+def _message(reader: Reader, path: str, first: Tensor, middle: Tensor) -> str:
+    heads = torch.nonzero((first | middle).any(0)).flatten().tolist()
+    return (
+        f"the replay differs from the model at {path}: what the description calls {reader} moves heads {heads} as a "
+        f"{_kind(first, middle)} input does; correct its q, k and v projections"
+    )
