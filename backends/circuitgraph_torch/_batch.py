@@ -206,6 +206,7 @@ class Batch:
     def _weight_dtype(self) -> torch.dtype:
         return self._input.dtype if self._input.element_size() >= 4 else torch.float32
 
+    @torch.no_grad()
     def _clean_log_probs(self) -> Tensor:
         clean = self._bucket.clean
         run = self.live if clean is self._live_ids else self._plain(self._parts.embed(clean))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitgraph._engine import Source, WriterValues, check_gradient
+from circuitgraph._engine import Source, WriterValues, check_gradient, check_reversible
 from circuitgraph._errors import CircuitGraphError, TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
@@ -107,6 +107,7 @@ class TorchEngine:
         return out
 
     def reversed(self) -> TorchEngine:
+        check_reversible(self._source)
         return TorchEngine(self._parts, self._pairs, self._metric, self._source, is_reversed=not self._is_reversed)
 
     def logits(self, mask: Float[ndarray, "readers writers"]) -> Iterator[tuple[Batch, Tensor]]:
@@ -159,7 +160,7 @@ class TorchEngine:
             if length is not None and bucket.clean.shape[1] != length:
                 continue
             for part in _cut(bucket, self._prompts_per_batch(bucket)):
-                ids = part.clean if self._source.data is not None else part.corrupted
+                ids = part.clean if self._source.data is not None or self._is_reversed else part.corrupted
                 values = Batch(self._parts, part, self._metric, ids, ids).live.values
                 summed = values.sum(1, keepdim=True) if length is not None else values.sum((1, 2), keepdim=True)
                 total = summed if total is None else total + summed

@@ -112,6 +112,11 @@ def trace(
         proof = prove(parts)
     except AttributeError as error:
         raise TraceError(f"the architecture description does not fit the model: {error}") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(
+            f"{type(module).__name__} cannot be replayed: its attention does not take a batch of another size than it was observed with ({reason})"
+        ) from error
     finally:
         module.train(was_training)
     return TorchModel(loaded.name, loaded.tokenizer, proof, parts)
