@@ -193,3 +193,9 @@ def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], grap
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "
             "use logit_diff or prob_diff, or a method that works with it: acdc, activation-patching, or integrated gradients"
         )
+
+
+def check_reversible(source: Source) -> None:
+    """Raises `DegenerateError` where denoising would restore nothing."""
+    if source.kind == "zero":
+        raise DegenerateError("denoising restores clean values, and source 'zero' has none; use source 'corrupted' or a mean")
