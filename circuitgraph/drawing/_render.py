@@ -1,0 +1,81 @@
+"""DOT to SVG, PDF and PNG: with the Graphviz in pygraphviz's wheels, else with the `dot` on the PATH.
+
+Graphviz runs in a process of its own: it writes warnings to the terminal, is not safe in threads, and a crash of it is not ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from circuitgraph._circuit import Circuit
+from circuitgraph._errors import CircuitGraphError, FileError
+from circuitgraph.drawing._dot import to_dot
+from circuitgraph.files import write_bytes
+
+if TYPE_CHECKING:
+    from circuitgraph.drawing._plan import Detail
+
+FORMATS = ("svg", "pdf", "png", "dot", "gv")
+
+_TIMEOUT = 120
+_PROGRAM = """
+import sys, pygraphviz
+dot, suffix, dpi = sys.stdin.buffer.read().decode(), sys.argv[1], sys.argv[2]
+graph = pygraphviz.AGraph(string=dot)
+if suffix == "png":
+    graph.graph_attr["dpi"] = dpi
+sys.stdout.buffer.write(graph.draw(format=suffix, prog="dot"))
+"""
+
+
+def render(circuit: Circuit, path: str | Path, *, title: str | None = None, detail: Detail = "auto", dpi: int = 200) -> Path:
+    """Draw a circuit into a file, whose suffix says the format; see `Circuit.render`. Raises `FileError`."""
+    path = Path(path)
+    suffix = path.suffix.lower().lstrip(".")
+    if suffix not in FORMATS:
+        raise FileError(f"cannot draw into {path}: expected a name that ends in one of {', '.join('.' + name for name in FORMATS)}")
+    source = to_dot(circuit, title=title, detail=detail)
+    return write_bytes(path, source.encode() if suffix in ("dot", "gv") else render_dot(source, suffix, dpi=dpi))
+
+
+def render_dot(source: str, suffix: str, *, dpi: int = 200) -> bytes:
+    """DOT text as SVG, PDF or PNG. Prints nothing. Raises `CircuitGraphError` that says how to get a Graphviz."""
+    reason = "none found"
+    for command in _commands(suffix, dpi):
+        try:
+            done = subprocess.run(command, input=source.encode(), capture_output=True, timeout=_TIMEOUT, check=False, env=_environment())
+        except subprocess.TimeoutExpired as error:
+            raise CircuitGraphError(
+                f"Graphviz found no layout in {_TIMEOUT} s; draw fewer edges, for example circuit.top(100), or with detail='layers'"
+            ) from error
+        except OSError as error:
+            reason = f"{command[0]}: {error.strerror}"
+            continue
+        if done.returncode == 0 and done.stdout:
+            return done.stdout
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+    raise CircuitGraphError(
+        f"no working Graphviz to draw with ({reason}); `pip install 'pygraphviz>=2'`, whose wheels carry one, or put `dot` on the PATH, "
+        "or draw into a .dot file"
+    )
+
+
+def _commands(suffix: str, dpi: int) -> list[list[str]]:
+    """The ways to run Graphviz here, best first."""
+    commands = []
+    if importlib.util.find_spec("pygraphviz") is not None and sys.executable:
+        commands.append([sys.executable, "-P", "-c", _PROGRAM, suffix, str(dpi)])
+    if found := shutil.which("dot"):
+        commands.append([found, f"-T{suffix}", *([f"-Gdpi={dpi}"] if suffix == "png" else [])])
+    return commands
+
+
+def _environment() -> dict[str, str]:
+    """The child imports from where we do."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
