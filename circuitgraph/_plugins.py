@@ -1,0 +1,94 @@
+"""Backends and algorithms by name, from entry points: a package of anyone's adds its own, and nothing is registered by import.
+
+[project.entry-points."circuitgraph.backends"]
+torch = "circuitgraph_torch"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from circuitgraph._engine import Algorithm, Backend, TracedModel
+from circuitgraph._errors import CircuitGraphError, unknown_name
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
+
+BACKENDS = "circuitgraph.backends"
+ALGORITHMS = "circuitgraph.algorithms"
+
+
+def names(group: str) -> tuple[str, ...]:
+    """The names registered in an entry-point group, sorted."""
+    return tuple(sorted({entry.name for entry in _registered(group)}))
+
+
+def algorithm_named(name: str) -> type[Algorithm]:
+    """An algorithm's class; `activation_patching` and `activation-patching` are the same. Raises `UnknownNameError`."""
+    found: type[Algorithm] = _entry(ALGORITHMS, "algorithm", name.strip().lower().replace("_", "-")).load()
+    return found
+
+
+def new_algorithm(name: str, **hyper: Any) -> Algorithm:
+    """An algorithm with some of its hyper-parameters set. Raises `UnknownNameError` for one that it does not have."""
+    cls = algorithm_named(name)
+    known = hyper_parameters(name)
+    for key in hyper:
+        if key not in known:
+            raise unknown_name(f"hyper-parameter of {name}", key, known)
+    return cls(**hyper)
+
+
+def hyper_parameters(name: str) -> tuple[str, ...]:
+    """What a named algorithm can be told."""
+    cls: Any = algorithm_named(name)
+    return tuple(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
+
+
+def traced(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel:
+    """`model` traced by a backend, or `model` itself if it is traced already. Raises `UnknownNameError`, `TraceError`."""
+    if all(callable(getattr(type(model), name, None)) for name in ("bind", "checks", "logits")):
+        if options:
+            raise CircuitGraphError(f"the model is traced already, so {', '.join(sorted(options))} cannot change; pass options to trace()")
+        already: TracedModel = model
+        return already
+    entry = _entry(BACKENDS, "backend", backend)
+    with _frameworks_of(entry):
+        module: Backend = entry.load()
+        return module.trace(model, **options)
+
+
+def _registered(group: str) -> EntryPoints:
+    from importlib.metadata import entry_points  # a tenth of the time that `import circuitgraph` takes, so only when asked
+
+    return entry_points(group=group)
+
+
+def _entry(group: str, kind: str, name: str) -> EntryPoint:
+    known = names(group)
+    if not known:
+        raise CircuitGraphError(
+            f"no {kind} is installed: circuitgraph runs from a folder that pip does not know; install it with 'pip install -e .'"
+        )
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return next(entry for entry in _registered(group) if entry.name == name)
+
+
+@contextmanager
+def _frameworks_of(entry: EntryPoint) -> Iterator[None]:
+    """Turns the import error of a framework that is not there into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or importlib.util.find_spec(missing) is not None:
+            raise  # a module of an installed package: somebody's bug, not a missing framework
+        package = entry.dist.name if entry.dist else "circuitgraph"
+        raise CircuitGraphError(
+            f"backend {entry.name!r} needs {missing}, which is not installed; run: pip install '{package}[{entry.name}]'"
+        ) from error

@@ -1,0 +1,300 @@
+"""The command line: parses and prints. What it computes stands in the library under the same names."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from circuitgraph import _discover, _plugins, zoo
+from circuitgraph._circuit import Circuit
+from circuitgraph._errors import CircuitGraphError
+from circuitgraph._task import list_tasks, load_task
+from circuitgraph.evaluation._question import CircuitGraphWarning
+from circuitgraph.evaluation._report import Report, evaluate
+from circuitgraph.files._folder import check_folder, result_folder
+
+_ACDC_THRESHOLD = 0.01
+
+_stdout = Console()
+_stderr = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    """Every command ends the same way: what circuitgraph refuses is one line on stderr and exit code 2, Ctrl-C is 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", CircuitGraphWarning)
+            warnings.showwarning = _show_warning(warnings.showwarning)
+            try:
+                return super().invoke(ctx)
+            except CircuitGraphError as error:
+                _say("error", str(error), "bold red")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                _say("stopped", "interrupted; nothing was written", "yellow")
+                raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Finds the part of a neural network that does a job, and proves it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A bundled task, or a TOML, JSONL or CSV file.")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, GGUF file or zoo: name.")]
+Prompts = Annotated[int | None, typer.Option("--prompts", "-n", min=1, help="How many prompts (default: 32, or all rows of a file).")]
+Seed = Annotated[int, typer.Option("--seed", "-s", min=0, help="Which prompts are drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+PerHead = Annotated[bool, typer.Option("--per-head-kv", help="Give every head its own k and v input in grouped-query attention.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help=f"acdc: the rise of the metric that keeps an edge (default: {_ACDC_THRESHOLD}). Others: the smallest |score| kept."),
+]
+
+
+@app.command(epilog="Example: circuitgraph discover induction --model zoo:induction-2l --algorithm acdc --threshold 0.001 -o induction")
+def discover(
+    task: TaskName,
+    model: ModelName,
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="acdc, eap or activation-patching.")] = "eap",
+    threshold: Threshold = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="How many of the strongest edges to keep (default: 1%, at least 20); not acdc.")
+    ] = None,
+    prompts: Prompts = None,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the circuit, its picture and its report.")] = Path(
+        "circuit"
+    ),
+    metric: Annotated[
+        str | None, typer.Option(help="logit_diff, kl, prob_diff or nll (default: the algorithm's, else the task's).")
+    ] = None,
+    source: Annotated[str, typer.Option(help="What patched edges carry: corrupted, zero, mean or mean-per-position.")] = "corrupted",
+    per_head_kv: PerHead = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the circuit of a task in a model, and write its file, picture and report."""
+    method, choose = _algorithm(algorithm, threshold, top)
+    origin: Any = source  # `Source` refuses an unknown one
+    check_folder(output, force=force)
+    loaded = load_task(task)
+    with _progress() as tell:
+        tell(0.0, "tracing the model")
+        traced = _trace(model, per_head_kv, device, dtype)
+        circuit, report = _discover.find(
+            traced, loaded, method, prompts=prompts, seed=seed, backend="torch", metric=metric, source=origin, progress=tell, choose=choose
+        )
+        with result_folder(output, force=force) as folder:
+            _write(circuit, report, folder)
+    files = sorted(str(path) for path in output.iterdir())
+    if as_json:
+        how = {name: circuit.provenance.get(name) for name in ("algorithm", "derived", "seconds")}
+        _print_json({**report.to_dict(), **how, "files": files})
+        return
+    _stdout.print(report)
+    typer.echo(f"wrote {', '.join(files)}")
+
+
+@app.command(epilog="Example: circuitgraph show induction/circuit.json -o induction.pdf")
+def show(
+    file: Annotated[Path, typer.Argument(help="A circuit file, or the folder that discover wrote.")],
+    picture: Annotated[Path | None, typer.Option("--output", "-o", help="Draw it into this SVG, PDF, PNG or DOT file.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many edges to list, the strongest first.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Print a circuit's edges and where it came from; draw it with -o."""
+    circuit = _load(file)
+    if picture is not None:
+        circuit.render(picture)
+    edges = _scored_edges(circuit)
+    if as_json:
+        _print_json({"edges": [{"edge": name, "score": score} for name, score in edges], "provenance": dict(circuit.provenance)})
+        return
+    table = Table("edge", "score", box=None, pad_edge=False)
+    for name, score in edges[:limit]:
+        table.add_row(name, "" if score is None else f"{score:.4g}")
+    _stdout.print(table)
+    if len(edges) > limit:
+        typer.echo(f"... and {len(edges) - limit} more (--limit)")
+    typer.echo(f"\n{circuit!r}")
+    for key, value in circuit.provenance.items():
+        if key != "architecture":
+            typer.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    if picture is not None:
+        typer.echo(f"wrote {picture}")
+
+
+@app.command("evaluate", epilog="Example: circuitgraph evaluate induction/circuit.json --seed 1 -n 100")
+def evaluate_file(
+    file: Annotated[Path, typer.Argument(help="A circuit file, or the folder that discover wrote.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model of the same graph.")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Another task.")] = None,
+    prompts: Prompts = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s", min=0, help="Another seed draws prompts that discovery has not seen.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a circuit again: by default with the model, task, prompts and seed it was found with."""
+    circuit = _load(file)
+    found = circuit.provenance
+    name = model or _found(found, "model", file)
+    per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
+    report = evaluate(
+        _trace(name, per_head_kv, device, dtype or found.get("model", {}).get("dtype")),
+        task or _found(found, "task", file),
+        circuit,
+        prompts=prompts or (None if task else found.get("prompts")),
+        seed=seed if seed is not None else found.get("seed", 0),
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _stdout.print(report)
+
+
+@app.command(epilog="Example: circuitgraph trace zoo:tiny-english")
+def trace(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, GGUF file or zoo: name.")],
+    architecture: Annotated[bool, typer.Option("--architecture", help="Print the wiring that was found, as JSON.")] = False,
+    per_head_kv: PerHead = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find a model's wiring, print the size of its graph and the proof that the replay is the model."""
+    traced = _trace(model, per_head_kv, device, dtype)
+    if architecture:
+        typer.echo(traced.architecture.to_json())
+        return
+    graph, checks = traced.graph, []
+    if not as_json:
+        typer.echo(f"{traced.name}: {traced.architecture.family}, {graph!r}")
+        for note in traced.architecture.notes:
+            typer.echo(f"  {note}")
+    for check in _discover.checks(traced):
+        checks.append(check)
+        if not as_json:
+            typer.echo(f"  {check}")
+    if as_json:
+        sizes = {"writers": len(graph.writers), "readers": len(graph.readers), "edges": graph.n_edges, "nodes": len(graph.nodes)}
+        proof = [{**asdict(c), "error": c.error if isfinite(c.error) else None, "holds": c.holds} for c in checks]
+        _print_json({"model": traced.name, "family": traced.architecture.family, **sizes, "checks": proof})
+    if not all(check.holds for check in checks):
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: circuitgraph tasks --json")
+def tasks(as_json: AsJson = False) -> None:
+    """List the bundled tasks."""
+    listed = list_tasks()
+    rows = [{"name": t.name, "about": t.task.description or t.task.source if t.task else f"cannot be read: {t.error}"} for t in listed]
+    _print_json(rows) if as_json else _print_rows(rows)
+
+
+@app.command(epilog="Example: circuitgraph models")
+def models(as_json: AsJson = False) -> None:
+    """List the bundled models. Any decoder of Hugging Face can be named as well."""
+    rows = [{"name": name, "about": zoo.about(folder)} for name, folder in zoo.zoo_models().items()]
+    _print_json(rows) if as_json else _print_rows(rows)
+
+
+def _algorithm(name: str, threshold: float | None, top: int | None) -> tuple[Any, Any]:
+    """The algorithm, and how to choose from its scores if it does not decide about edges itself."""
+    if "threshold" not in _plugins.hyper_parameters(name):
+        if threshold is not None and top is not None:
+            raise CircuitGraphError("--threshold and --top exclude each other; give one")
+        return _plugins.new_algorithm(name), partial(_discover.strongest, top=top, threshold=threshold)
+    if top is not None:
+        raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no --top")
+    return _plugins.new_algorithm(name, threshold=_ACDC_THRESHOLD if threshold is None else threshold), None
+
+
+def _trace(model: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
+    options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype}
+    return _discover.trace(model, **{name: value for name, value in options.items() if value is not None})
+
+
+def _write(circuit: Circuit, report: Report, folder: Path) -> None:
+    circuit.save(folder / "circuit.json")
+    circuit.render(folder / "circuit.svg")
+    circuit.render(folder / "circuit.dot")
+    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+
+
+def _load(file: Path) -> Circuit:
+    return Circuit.load(file / "circuit.json" if file.is_dir() else file)
+
+
+def _found(provenance: Any, what: str, file: Path) -> str:
+    value = provenance.get(what, {})
+    if not isinstance(value, dict) or not value.get("name"):
+        raise CircuitGraphError(f"{file} does not say which {what} it was found with; add --{what}")
+    return str(value["name"])
+
+
+def _scored_edges(circuit: Circuit) -> list[tuple[str, float | None]]:
+    if circuit.scores is None:
+        return [(edge.name, None) for edge in circuit.edges]
+    scored = [(edge.name, float(circuit.scores[circuit.graph.edge_id(edge)])) for edge in circuit.edges]
+    return sorted(((name, score if score == score else None) for name, score in scored), key=lambda row: -abs(row[1] or 0.0))
+
+
+@contextmanager
+def _progress() -> Iterator[_discover.Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
+        row = bar.add_task("", total=1.0)
+        yield lambda fraction, text: bar.update(row, completed=fraction, description=text)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _print_rows(rows: list[dict[str, str]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    _stdout.print(table, highlight=False)
+
+
+def _show_warning(otherwise: Any) -> Any:
+    def show(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        if issubclass(category, CircuitGraphWarning):
+            _say("warning", str(message), "bold red")
+        else:
+            otherwise(message, category, *rest, **more)
+
+    return show
+
+
+def _say(kind: str, message: str, style: str) -> None:
+    _stderr.print(Text.assemble((f"{kind}: ", style), " ".join(message.split())), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app(prog_name="circuitgraph")

@@ -1,0 +1,159 @@
+"""`Question`: a traced model, prompts with answers, a metric and a source. What a circuit is an answer to."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuitgraph import _plugins
+from circuitgraph._engine import Engine, Source, SourceKind, TracedModel
+from circuitgraph._errors import TaskError, TraceError
+from circuitgraph._metrics import Accuracy, Metric, Target, check_answers, metric_named
+from circuitgraph._pairs import PromptPairs
+from circuitgraph.evaluation._faithfulness import check_gap
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+    from circuitgraph._task import Task
+
+DEFAULT_PROMPTS = 32
+NO_TASK = "token ids"  # the name of prompts that came without a task
+_CHECKED_PROMPTS = 8  # the cheap checks of a trace run on the first few prompts
+
+
+class CircuitGraphWarning(UserWarning):
+    """The numbers are right, but the question may not be the one you meant."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a circuit is asked about. `task_digest` identifies the task, or the token ids when there is no task."""
+
+    traced: TracedModel
+    pairs: PromptPairs
+    metric: Metric
+    source: Source
+    task_name: str
+    task_digest: str
+    seed: int
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self.traced.bind(self.pairs, self.metric, self.source)
+
+    @cached_property
+    def clean(self) -> Float[ndarray, " prompts"]:
+        """`F(1)` per prompt: the model itself."""
+        return self.evaluate(np.ones(self.traced.graph.shape, dtype=np.float32))
+
+    @cached_property
+    def corrupted(self) -> Float[ndarray, " prompts"]:
+        """`F(0)` per prompt: the source run."""
+        return self.evaluate(np.zeros(self.traced.graph.shape, dtype=np.float32))
+
+    def evaluate(self, mask: Float[ndarray, "readers writers"]) -> Float[ndarray, " prompts"]:
+        """`F` of one mask, per prompt. Raises `TraceError` when it is not a number."""
+        values: Float[ndarray, " prompts"] = np.asarray(self.engine.evaluate(np.asarray(mask, dtype=np.float32)[None]), dtype=np.float64)[0]
+        if not np.isfinite(values).all():
+            prompt = int(np.argmax(~np.isfinite(values)))
+            raise TraceError(f"{self.traced.name}: {self.metric.name} of prompt {prompt} is {values[prompt]}; expected a number")
+        return values
+
+    @cached_property
+    def task_accuracy(self) -> float:
+        """The share of prompts that the untouched model answers rightly. Raises `TraceError` when its logits have a NaN."""
+        return float(np.mean(list(self._hits())))
+
+    def _hits(self) -> Iterator[float]:
+        for bucket in self.pairs.buckets():
+            logits = self.traced.logits(self.pairs.select(bucket.index))
+            if np.isnan(logits).any():
+                prompt = int(bucket.index[np.argmax(np.isnan(logits).any(axis=1))])
+                raise TraceError(f"{self.traced.name}: the model's own logits for prompt {prompt} are NaN; check its weights and dtype")
+            target = Target(bucket.answers.ids, bucket.answers.weights, bucket.wrong_answers.ids, bucket.wrong_answers.weights)
+            yield from np.asarray(Accuracy()(np.asarray(logits), target)).tolist()
+
+    def check(self) -> None:
+        """Refuse what would give wrong or empty numbers, and warn of what may mislead. Raises `TraceError`, `DegenerateError`."""
+        accuracy = self.task_accuracy
+        few = self.pairs.select(range(min(len(self.pairs), _CHECKED_PROMPTS)))
+        for check in islice(self.traced.checks(few), 2):
+            if not check.holds:
+                raise TraceError(f"{self.traced.name}: the trace differs from the model: {check}")
+        check_gap(self.clean, self.corrupted, self.metric.name, seed=self.seed)
+        if accuracy < 0.5:
+            warn(f"{self.traced.name} fails the task {self.task_name}: accuracy {accuracy:.0%}; a circuit for it explains little")
+        elif self.metric.needs_wrong_answers and self.clean.mean() <= 0:
+            warn(
+                f"{self.traced.name} prefers the wrong answers in {self.task_name}: "
+                f"mean {self.metric.name} {self.clean.mean():.3g}; a circuit for it explains little"
+            )
+        if len(self.pairs) == 1:
+            warn("one prompt only: no interval can be had, and a circuit of one prompt may not hold for another")
+
+
+def pose(
+    model: Any,
+    task: Task | PromptPairs | str | Path,
+    *,
+    prompts: int | None = None,
+    seed: int = 0,
+    metric: Metric | str | None = None,
+    source: Source | SourceKind = "corrupted",
+    backend: str = "torch",
+) -> Question:
+    """Trace the model, draw the prompts, settle the metric (default: the task's) and the source."""
+    from circuitgraph._task import load_task  # with pydantic, so not before it is needed
+
+    if prompts is not None and prompts < 1:
+        raise TaskError(f"prompts: {prompts}; expected at least 1")
+    named = metric_named(metric) if metric is not None else None
+    chosen = Source(source) if isinstance(source, str) else source
+    loaded = task if isinstance(task, PromptPairs) else load_task(task)
+    traced = _plugins.traced(model, backend=backend)
+    if isinstance(loaded, PromptPairs):
+        pairs = _first(loaded, prompts)
+        name, identity = NO_TASK, digest(pairs)
+        named = named or metric_named("logit_diff" if all(len(w) for w in pairs.wrong_answers) else "nll")
+    else:
+        n = DEFAULT_PROMPTS if prompts is None and not loaded.row else prompts  # of a file of rows, all
+        vocabulary = traced.architecture.vocabulary if traced.tokenizer is None else None
+        pairs = loaded.pairs(traced.tokenizer, n, seed, vocabulary=vocabulary)
+        name, identity = loaded.name, loaded.digest
+        named = named or metric_named(loaded.metric)
+    check_answers(named, pairs.wrong_answers)
+    if pairs.largest_token >= traced.architecture.vocabulary:
+        raise TaskError(f"token id {pairs.largest_token} is not in {traced.name}'s vocabulary of {traced.architecture.vocabulary}")
+    return Question(traced, pairs, named, chosen, name, identity, seed)
+
+
+def _first(pairs: PromptPairs, prompts: int | None) -> PromptPairs:
+    if prompts is None or prompts == len(pairs):
+        return pairs
+    if prompts > len(pairs):
+        raise TaskError(f"prompts: {prompts} asked for, but there are {len(pairs)} pairs")
+    return pairs.select(range(prompts))
+
+
+def digest(pairs: PromptPairs) -> str:
+    """A hash of the token ids: equal for equal prompts."""
+    sha = hashlib.sha256()
+    for part in (pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong_answers):
+        for ids in part:
+            sha.update(f"{ids.tolist()};".encode())
+    return sha.hexdigest()
+
+
+def warn(message: str) -> None:
+    """The one place that warnings come from; the command line shows them in red."""
+    warnings.warn(message, CircuitGraphWarning, stacklevel=4)

@@ -1,0 +1,35 @@
+"""The bundled models: small trained transformers in Hugging Face format, called `zoo:NAME` wherever a model is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from circuitgraph._errors import unknown_name
+
+PREFIX = "zoo:"
+
+
+def zoo_models() -> dict[str, Path]:
+    """Every bundled model's name, with its prefix, and its folder."""
+    return {PREFIX + config.parent.name: config.parent for config in sorted(Path(__file__).parent.glob("*/config.json"))}
+
+
+def zoo_path(name: str) -> Path:
+    """The folder of a bundled model; `zoo:induction-2l` or `induction-2l`. Raises `UnknownNameError` with the nearest names.
+
+    >>> zoo_path("zoo:induction-2l").name
+    'induction-2l'
+    """
+    known = zoo_models()
+    full = name if name.startswith(PREFIX) else PREFIX + name
+    if full not in known:
+        raise unknown_name("model", name, known)
+    return known[full]
+
+
+def about(folder: Path) -> str:
+    """One line about a model, from its configuration."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    return f"{config['model_type']}, {layers} layers of {heads} heads, width {config['hidden_size']}, {config['vocab_size']} tokens"

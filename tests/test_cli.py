@@ -1,0 +1,219 @@
+"""The command line: what it prints, what it writes, how it refuses. A numpy model stands in for the backend, except at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from circuitgraph import ACDC, Circuit, CircuitGraphError, _plugins, cli
+from circuitgraph.evaluation._question import Question
+from circuitgraph.testing import ReferenceModel, ReferenceTrace
+
+Run = Callable[..., Result]
+DISCOVER = ("discover", "induction", "--model", "reference", "--metric", "kl", "-n", "6")
+FILES = {"circuit.json", "circuit.svg", "circuit.dot", "report.json"}
+
+
+@pytest.fixture(autouse=True)
+def _reference_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def traced(model: Any, *, backend: str = "torch", **options: Any) -> ReferenceTrace:
+        if isinstance(model, ReferenceTrace):
+            return model
+        if model not in ("reference", "reference-0"):
+            raise CircuitGraphError(f"unknown model {model!r}")
+        return ReferenceTrace(ReferenceModel.random(seed=0, n_layers=1, vocabulary=24), per_head_kv=options.get("per_head_kv", False))
+
+    monkeypatch.setattr(_plugins, "traced", traced)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run() -> Run:
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    "algorithm", [("acdc", "--threshold", "0.001"), ("acdc",), ("activation-patching", "--top", "12"), ("activation-patching",)]
+)
+def test_discover_writes_and_reports(run: Run, tmp_path: Path, algorithm: tuple[str, ...]) -> None:
+    result = run(*DISCOVER, "-o", "out", "--json", "--algorithm", *algorithm)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    wanted = {"task_accuracy", "edges_total", "edges_kept", "faithfulness", "metric_clean", "metric_corrupted", "metric_circuit", "seconds"}
+    assert wanted <= set(found)
+    assert {Path(name).name for name in found["files"]} == FILES == {path.name for path in (tmp_path / "out").iterdir()}
+    circuit = Circuit.load("out/circuit.json")
+    assert circuit.n_edges == found["edges_kept"]
+    assert circuit.provenance["metric_circuit"] == found["metric_circuit"]
+    assert json.loads(Path("out/report.json").read_text())["faithfulness"] == found["faithfulness"]
+    assert Path("out/circuit.svg").read_text().rstrip().endswith("</svg>")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_discover_found_can_be_shown_and_evaluated(run: Run) -> None:
+    assert run(*DISCOVER, "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
+    circuit = Circuit.load("out/circuit.json")
+    listing = run("show", "out", "-o", "again.svg")
+    assert listing.exit_code == 0
+    assert circuit.edges[0].name in listing.stdout
+    assert "ActivationPatching" in listing.stdout
+    assert Path("again.svg").is_file()
+    shown = json.loads(run("show", "out/circuit.json", "--json").stdout)
+    assert {row["edge"] for row in shown["edges"]} == {edge.name for edge in circuit.edges}
+    sizes = [abs(row["score"]) for row in shown["edges"]]
+    assert sizes == sorted(sizes, reverse=True)
+    same = json.loads(run("evaluate", "out", "--json").stdout)
+    assert same["faithfulness"] == pytest.approx(circuit.provenance["faithfulness"])
+    assert same["seed"] == 0
+    other = json.loads(run("evaluate", "out", "--seed", "1", "-n", "9", "--json").stdout)
+    assert (other["seed"], other["prompts"]) == (1, 9)
+
+
+def test_model_that_fails_the_task_is_reported_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Question, "task_accuracy", 0.25)
+    result = run(*DISCOVER, "-o", "out", "--json", "--algorithm", "acdc")
+    assert "warning: reference-0 fails the task induction: accuracy 25%" in result.stderr
+    json.loads(result.stdout)
+
+
+def test_trace_prints_size_and_proof(run: Run) -> None:
+    text = run("trace", "reference").stdout
+    assert "Graph(" in text
+    assert "ok   F(1)" in text
+    found = json.loads(run("trace", "reference", "--json").stdout)
+    assert all(check["holds"] for check in found["checks"])
+    assert json.loads(run("trace", "reference", "--architecture").stdout)["vocabulary"] == 24
+
+
+def test_lists(run: Run) -> None:
+    assert "ioi" in run("tasks").stdout
+    assert {"ioi", "induction", "greater-than"} <= {row["name"] for row in json.loads(run("tasks", "--json").stdout)}
+    assert run("models").exit_code == 0
+    json.loads(run("models", "--json").stdout)
+
+
+@pytest.mark.parametrize("command", [(), ("discover",), ("show",), ("evaluate",), ("trace",), ("tasks",), ("models",)])
+def test_every_command_has_help_with_an_example(run: Run, command: tuple[str, ...]) -> None:
+    text = run(*command, "--help").output
+    assert "Usage" in text
+    if command:
+        assert f"Example: circuitgraph {command[0]}" in text
+
+
+REFUSED = [
+    (("discover", "iio", "-m", "reference"), "unknown task 'iio'; did you mean 'ioi'"),
+    (("discover", "ioi", "-m", "nothing"), "unknown model 'nothing'"),
+    ((*DISCOVER, "-a", "acd"), "unknown algorithm 'acd'; did you mean 'acdc'"),
+    ((*DISCOVER, "-a", "acdc", "--top", "5"), "takes --threshold and no --top"),
+    ((*DISCOVER, "-a", "activation-patching", "--top", "5", "--threshold", "1"), "exclude each other"),
+    ((*DISCOVER, "-a", "eap"), "zero gradient at the clean run"),
+    ((*DISCOVER, "-a", "acdc", "--threshold", "-1"), "expected a number of at least 0"),
+    ((*DISCOVER, "-a", "activation-patching", "--top", "999999"), "scored edges"),
+    (("discover", "induction", "-m", "reference", "--metric", "logitdif"), "did you mean 'logit_diff'"),
+    ((*DISCOVER, "-a", "acdc", "--source", "corrupt"), "did you mean 'corrupted'"),
+    (("discover", "missing.toml", "-m", "reference"), "missing.toml"),
+    (("show", "missing.json"), "missing.json"),
+    (("evaluate", "missing.json"), "missing.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refused_on_one_line(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    line = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+    assert len(line) == 1, result.stderr
+    assert line[0].startswith("error: ")
+    assert message in line[0]
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_and_newer_files_are_refused(run: Run) -> None:
+    assert run(*DISCOVER, "-o", "out", "-a", "acdc").exit_code == 0
+    text = Path("out/circuit.json").read_text()
+    Path("cut.json").write_text(text[: len(text) // 2])
+    Path("new.json").write_text(json.dumps({**json.loads(text), "schema": 99}))
+    for name, message in (("cut.json", "truncated"), ("new.json", "schema")):
+        result = run("show", name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_existing_folder_is_replaced_only_when_told_to(run: Run, tmp_path: Path) -> None:
+    assert run(*DISCOVER, "-o", "out", "-a", "acdc").exit_code == 0
+    refused = run(*DISCOVER, "-o", "out", "-a", "acdc")
+    assert refused.exit_code == 2
+    assert "add --force" in refused.stderr
+    before = Circuit.load("out/circuit.json")
+    replaced = run(*DISCOVER, "-o", "out", "-a", "activation-patching", "--top", "3", "--force")
+    assert replaced.exit_code == 0, replaced.output
+    assert Circuit.load("out/circuit.json") != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "circuit.svg/inside"])
+def test_files_of_others_are_never_touched(run: Run, tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / "out" / foreign
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    result = run(*DISCOVER, "-o", "out", "-a", "acdc", "--force")
+    assert result.exit_code == 2
+    assert "did not write" in result.stderr
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("failure", "code"), [(CircuitGraphError("full"), 2), (KeyboardInterrupt(), 130), (ZeroDivisionError(), 1)])
+def test_nothing_is_half_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(Circuit, "render", fail)
+    result = run(*DISCOVER, "-o", "out", "-a", "acdc")
+    assert result.exit_code == code
+    assert list(tmp_path.iterdir()) == []
+    if code == 1:
+        assert isinstance(result.exception, ZeroDivisionError)  # a bug shows its traceback
+
+
+def test_ctrl_c_while_discovering(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ACDC, "steps", lambda self, engine: (_ for _ in ()).throw(KeyboardInterrupt()))
+    result = run(*DISCOVER, "-o", "out", "-a", "acdc")
+    assert result.exit_code == 130
+    assert "interrupted; nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+ZOO = ("induction", "--model", "zoo:induction-2l", "--algorithm", "eap", "--top", "40", "-n", "8")
+
+
+def test_bundled_model_from_a_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "circuitgraph.cli", "discover", *ZOO, "-o", "out", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["task_accuracy"] >= 0.9
+    assert 0 < found["edges_kept"] <= 40
+    assert "warning:" not in done.stderr
+
+
+def test_ctrl_c_from_a_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "circuitgraph.cli", "discover", *ZOO[:3], "-a", "activation-patching", "-n", "2000", "-o", "out"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(4.0)
+    os.kill(running.pid, signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr
+    assert "interrupted; nothing was written" in stderr
+    assert list(tmp_path.iterdir()) == []
