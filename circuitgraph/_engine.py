@@ -9,6 +9,7 @@ and `F(m)` is the metric at the end of that run: `F(1)` is the model, `F(0)` the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
@@ -177,17 +178,15 @@ class SteppedAlgorithm(Algorithm, Protocol):
 
 def last_outcome(steps: Iterator[Outcome]) -> Outcome:
     """Run a generator of outcomes to its end."""
-    outcome = None
-    for outcome in steps:
-        pass
-    assert outcome is not None, "an algorithm yields at least one outcome"
-    return outcome
+    return deque(steps, maxlen=1)[0]
 
 
 def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float) -> None:
     """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction."""
     if not metric.is_differentiable:
-        raise DegenerateError(f"metric {metric.name} has no gradient; use logit_diff, prob_diff or nll, or a method that only evaluates (acdc)")
+        raise DegenerateError(
+            f"metric {metric.name} has no gradient; use logit_diff, prob_diff or nll, or a method that only evaluates (acdc)"
+        )
     if metric.flat_at_clean and mix == 1.0 and bool(np.all(np.asarray(mask)[graph.visible] == 1)):
         raise DegenerateError(
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from circuitgraph._errors import CircuitGraphError, UnknownNameError, unknown_name
-from circuitgraph._names import Edge, Reader, Writer
+from circuitgraph._names import Edge, HeadInput, Reader, Writer
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -89,7 +89,7 @@ class Graph:
     @property
     def shape(self) -> tuple[int, int]:
         """Of a mask: `[readers, writers]`."""
-        return self.visible.shape  # type: ignore[return-value]
+        return self.visible.shape[0], self.visible.shape[1]
 
     @property
     def n_edges(self) -> int:
@@ -224,11 +224,11 @@ def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False) -> 
         before = len(writers)
         heads = range(before, before + layer.n_heads)
         writers += [Writer("head", number, h) for h in range(layer.n_heads)]
-        for kind in ("q", "k", "v"):
+        for kind in get_args(HeadInput):
             count = layer.n_heads if kind == "q" or per_head_kv else layer.n_kv_heads
             size = layer.n_heads // count if count else 1
             for i in range(count):
-                readers.append(Reader(kind, number, i, is_grouped=size > 1))  # type: ignore[arg-type]
+                readers.append(Reader(kind, number, i, is_grouped=size > 1))
                 seen.append(before)
                 fed.append([*heads] if layer.heads_are_coupled else [*heads[i * size : (i + 1) * size]])
         if layer.has_mlp:

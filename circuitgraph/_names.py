@@ -13,7 +13,8 @@ from typing import Literal
 from circuitgraph._errors import UnknownNameError
 
 WriterKind = Literal["input", "head", "mlp"]
-ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
+HeadInput = Literal["q", "k", "v"]
+ReaderKind = HeadInput | Literal["mlp", "logits"]
 
 _HEAD = re.compile(r"a?(\d+)\.(h|g)?(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?(\d+)", re.IGNORECASE)

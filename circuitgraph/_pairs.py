@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 
-@dataclass(frozen=True, eq=False)
+Rows = Any  # what numpy makes rows of token ids from: an array, or one row per prompt
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class PromptPairs:
     """Clean and corrupted prompts as token ids, with the answers to tell apart after the last token.
 
@@ -28,33 +31,40 @@ class PromptPairs:
     1
     """
 
-    clean: Sequence[Int[ndarray, " position"]]
-    corrupted: Sequence[Int[ndarray, " position"]]
-    answers: Sequence[Int[ndarray, " answers"]]
-    wrong_answers: Sequence[Int[ndarray, " answers"]] = ()
-    templates: tuple[str, ...] = field(default=(), kw_only=True)
+    clean: tuple[Int[ndarray, " position"], ...]
+    corrupted: tuple[Int[ndarray, " position"], ...]
+    answers: tuple[Int[ndarray, " answers"], ...]
+    wrong_answers: tuple[Int[ndarray, " answers"], ...]
+    templates: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        n = len(self.clean)
+    def __init__(
+        self, clean: Rows, corrupted: Rows, answers: Rows, wrong_answers: Rows | None = None, *, templates: Sequence[str] = ()
+    ) -> None:
+        n = len(clean)
         if n == 0:
             raise TaskError("prompt pairs: there is no prompt")
-        wrong = self.wrong_answers if len(self.wrong_answers) else [()] * n
-        for name, value in (("clean", self.clean), ("corrupted", self.corrupted), ("answers", self.answers), ("wrong_answers", wrong)):
+        wrong = wrong_answers if wrong_answers is not None and len(wrong_answers) else [()] * n
+        for name, value in (("clean", clean), ("corrupted", corrupted), ("answers", answers), ("wrong_answers", wrong)):
             if len(value) != n:
                 raise TaskError(f"prompt pairs: {len(value)} {name} for {n} clean prompts; expected one each")
             object.__setattr__(self, name, tuple(_ids(item, f"{name}[{i}]") for i, item in enumerate(value)))
-        if self.templates and len(self.templates) != n:
-            raise TaskError(f"prompt pairs: {len(self.templates)} templates for {n} prompts; expected one each")
-        for i, (clean, corrupted, answers) in enumerate(zip(self.clean, self.corrupted, self.answers, strict=True)):
-            if len(clean) != len(corrupted):
-                raise TaskError(
-                    f"prompt pair {i}: {len(clean)} clean and {len(corrupted)} corrupted tokens; expected equal lengths\n"
-                    f"  clean     {clean.tolist()}\n  corrupted {corrupted.tolist()}"
-                )
-            if len(clean) == 0 or len(answers) == 0:
-                raise TaskError(f"prompt pair {i}: no {'token' if len(clean) == 0 else 'answer'}")
-            if np.array_equal(clean, corrupted):
-                raise TaskError(f"prompt pair {i}: the corrupted prompt equals the clean one, so nothing can be patched: {clean.tolist()}")
+        if templates and len(templates) != n:
+            raise TaskError(f"prompt pairs: {len(templates)} templates for {n} prompts; expected one each")
+        object.__setattr__(self, "templates", tuple(templates))
+        for i in range(n):
+            self._check(i)
+
+    def _check(self, i: int) -> None:
+        clean, corrupted = self.clean[i], self.corrupted[i]
+        if len(clean) != len(corrupted):
+            raise TaskError(
+                f"prompt pair {i}: {len(clean)} clean and {len(corrupted)} corrupted tokens; expected equal lengths\n"
+                f"  clean     {clean.tolist()}\n  corrupted {corrupted.tolist()}"
+            )
+        if len(clean) == 0 or len(self.answers[i]) == 0:
+            raise TaskError(f"prompt pair {i}: no {'token' if len(clean) == 0 else 'answer'}")
+        if np.array_equal(clean, corrupted):
+            raise TaskError(f"prompt pair {i}: the corrupted prompt equals the clean one, so nothing can be patched: {clean.tolist()}")
 
     def __len__(self) -> int:
         return len(self.clean)

@@ -1,4 +1,4 @@
-"""`F(m)` through nnsight on the untouched model: every reader's input is overridden there, one at a time. Slow, independent of the engine."""
+"""`F(m)` through nnsight on the untouched model: every reader's input is overridden there. Slow, and independent of the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from circuitgraph import _architecture as arch
 
 
 def oracle_logits(model: nn.Module, architecture: arch.Architecture, ids: Tensor, mask: np.ndarray, source: Tensor) -> Tensor:
-    """Logits `[prompts, position, vocabulary]` under `mask`, with `source` `[writers, prompts, position, d_model]` in the patched places."""
+    """Logits `[prompts, position, vocabulary]` under `mask`; `source` `[writers, prompts, position, d_model]` is patched in."""
     wiring = _Wiring(model, architecture, torch.as_tensor(mask).to(source), source)
     with torch.no_grad():
         return _run(nnsight.NNsight(model), wiring, ids)
@@ -44,7 +44,9 @@ def _run(wrapped: Any, wiring: _Wiring, ids: Tensor) -> Tensor:
                 wiring.add_heads(block.attention, get(block.attention.o).input)
             if block.mlp is not None:
                 first = get(block.mlp.modules[0])
-                first.input = wiring.mlp_input(block.mlp, *(before if block.parallel else (len(wiring.live), wiring.constant))).reshape(first.input.shape)
+                first.input = wiring.mlp_input(block.mlp, *(before if block.parallel else (len(wiring.live), wiring.constant))).reshape(
+                    first.input.shape
+                )
                 last = get(block.mlp.post_norm.path if block.mlp.post_norm else block.mlp.modules[-1]).output
                 wiring.add_mlp(block.mlp, last if isinstance(last, Tensor) else last[0])
         unembedding.input = wiring.logits_input(final_norm)

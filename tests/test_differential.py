@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import circuitgraph_torch
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import small_model, twin
 
+import circuitgraph_torch
 from circuitgraph._engine import Algorithm, Engine
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs

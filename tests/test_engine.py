@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import circuitgraph_torch
 import numpy as np
 import pytest
 import torch
-from circuitgraph_torch._engine import TorchEngine
 from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle_logits, oracle_writers
 
+import circuitgraph_torch
 from circuitgraph._engine import Source
 from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError
 from circuitgraph._metrics import METRICS
 from circuitgraph._pairs import PromptPairs
+from circuitgraph_torch._engine import TorchEngine
 
 N_PROMPTS, LENGTH = 3, 9
 TRACEABLE = [name for name in FAMILIES if name != "bloom"]
@@ -289,7 +289,9 @@ def test_mix_interpolates_the_input_and_keeps_the_differences() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**16), density=st.floats(0, 1), family=st.sampled_from(["gpt2", "llama", "gpt_neox", "olmo2", "attention_only"]))
+@given(
+    seed=st.integers(0, 2**16), density=st.floats(0, 1), family=st.sampled_from(["gpt2", "llama", "gpt_neox", "olmo2", "attention_only"])
+)
 def test_any_circuit_agrees_with_the_oracle(seed: int, density: float, family: str) -> None:
     b = bound(family)
     mask = (np.random.default_rng(seed).uniform(size=b.engine.graph.shape) < density).astype(float)

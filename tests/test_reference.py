@@ -14,11 +14,7 @@ from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError, 
 from circuitgraph._metrics import log_softmax
 from circuitgraph._names import Writer
 from circuitgraph.testing import (
-    ReferenceAttention,
-    ReferenceLayer,
-    ReferenceMLP,
     ReferenceModel,
-    ReferenceNorm,
     ReferenceValues,
     random_pairs,
 )

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import circuitgraph_torch
 import nnsight
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch
 import transformers
 from families import FAMILIES, tiny
 
+import circuitgraph_torch
 from circuitgraph._architecture import Architecture
 from circuitgraph._errors import TraceError, UnknownNameError
 from circuitgraph._pairs import PromptPairs

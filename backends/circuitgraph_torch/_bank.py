@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Plan:
     """How the readers of one site mix the writers.
 
-    `rows` holds the distinct rows `[lanes, distinct, writers]` of coefficients; `row_of[i]` says which one reader `readers[i]` of the site has.
+    `rows` holds the distinct rows of coefficients, `[lanes, distinct, writers]`; `row_of[i]` says which of them reader `readers[i]` of
+    the site has.
     """
 
     rows: Float[ndarray, "lanes distinct writers"]
@@ -40,7 +41,7 @@ class Plan:
         """`mask` of the site, the readers needed, and the writers that were computed (the others stand at their source value)."""
         kept = mask[:, readers] * computed
         removed = np.where(computed, kept - 1, 0)
-        from_live = np.count_nonzero(removed.any(axis=(0, 1))) <= np.count_nonzero(kept.any(axis=(0, 1)))
+        from_live = bool(np.count_nonzero(removed.any(axis=(0, 1))) <= np.count_nonzero(kept.any(axis=(0, 1))))
         coefficients = removed if from_live else kept
         place: dict[bytes, int] = {}
         by_reader = np.ascontiguousarray(coefficients.swapaxes(0, 1))
@@ -50,7 +51,7 @@ class Plan:
 
     @property
     def n_distinct(self) -> int:
-        return self.rows.shape[1]
+        return int(self.rows.shape[1])
 
     def groups(self) -> list[tuple[int, Int[ndarray, " members"]]]:
         """Each distinct row with the readers of the site that have it."""
@@ -82,14 +83,11 @@ class Bank:
     def mix(self, plan: Plan) -> Tensor | None:
         """`rows @ differences`, `[lanes, distinct, prompts, position, d_model]`; None where every coefficient is zero."""
         n_shared = min(len(self._shared), plan.rows.shape[2])
-        parts = [
-            _mix_shared(plan.rows[:, :, :n_shared], self._shared),
-            _mix_own(plan.rows[:, :, n_shared:], self._slot[n_shared : plan.rows.shape[2]], self.own),
-        ]
-        parts = [part for part in parts if part is not None]
-        if len(parts) == 2:
-            return parts[0].add_(parts[1])  # type: ignore[union-attr]
-        return parts[0] if parts else None
+        shared = _mix_shared(plan.rows[:, :, :n_shared], self._shared)
+        own = _mix_own(plan.rows[:, :, n_shared:], self._slot[n_shared : plan.rows.shape[2]], self.own)
+        if shared is None or own is None:
+            return own if shared is None else shared
+        return shared.add_(own)
 
 
 def _mix_shared(rows: Float[ndarray, "lanes distinct writers"], differences: Tensor) -> Tensor | None:

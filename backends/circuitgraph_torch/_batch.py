@@ -131,7 +131,8 @@ class Batch:
             total = self._measure(last[None, :, 0]).sum()
         (grad,) = torch.autograd.grad(total, last)
         backward = Backward(self._parts.joints, self._parts.sites, bank.own[0] if differences is None else differences)
-        return backward.run(tape, grad) * self._parts.sites.graph.visible
+        scores: Float[ndarray, "prompts readers writers"] = backward.run(tape, grad) * self._parts.sites.graph.visible
+        return scores
 
     def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Tensor:
         """What every writer says under a mask, `[writers, prompts, position, d_model]`."""
@@ -145,7 +146,9 @@ class Batch:
         x, _ = self._from_the_input(mask, source, self._input, None)
         return self._parts.joints.logits(x[0])
 
-    def _from_the_input(self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None) -> tuple[Tensor, Bank]:
+    def _from_the_input(
+        self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None
+    ) -> tuple[Tensor, Bank]:
         everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
         bank = Bank(start.new_empty(0, *start.shape), 1, everything, start)
         bank.write(np.array([0]), (start - source.values[0])[None, None])

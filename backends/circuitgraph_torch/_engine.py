@@ -73,7 +73,9 @@ class TorchEngine:
         return len(self._pairs)
 
     @torch.no_grad()
-    def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> TorchWriterValues:
+    def activations(
+        self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None
+    ) -> TorchWriterValues:
         checked = None if mask is None else self._masks(mask, n_dims=2)
         values: list[Tensor] = []
         places: dict[int, tuple[int, int]] = {}
@@ -174,7 +176,7 @@ class TorchEngine:
         return len(self.graph.writers) * self._parts.architecture.d_model * next(self._parts.model.parameters()).element_size()
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
-        return max(1, _BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1]))
+        return max(1, int(_BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1])))
 
     def _done(self, number: int) -> None:
         if not self._keeps_runs:

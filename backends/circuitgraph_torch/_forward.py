@@ -152,7 +152,7 @@ class Forward:
         return stream
 
     def _project(self, joint: AttentionJoint, plan: Plan, x: Tensor) -> Tensor:
-        """`x` `[lanes, distinct, prompts, position, d_model]` to `[lanes, prompts, position, readers * head_dim]`; zeros where not needed."""
+        """`[lanes, distinct, prompts, position, d_model]` to `[lanes, prompts, position, readers * head_dim]`; zeros where not needed."""
         normed = x if joint.norm is None else joint.norm.module(x)
         if plan.n_distinct == 1 and len(plan.readers) == joint.n_readers:
             return functional.linear(normed[:, 0], joint.weights.flatten(0, 1), joint.biases.flatten())

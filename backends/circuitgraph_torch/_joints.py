@@ -59,8 +59,8 @@ class NormJoint:
 class AttentionJoint:
     """The attention of one layer between its readers and its heads.
 
-    Readers are ordered `q` heads, `k` inputs, `v` inputs. `weights` `[readers, head_dim, d_model]` and `biases` `[readers, head_dim]` project
-    a reader's normalised input; the model's own attention code, with these projections put in place of its own, does the rest.
+    Readers are ordered `q` heads, `k` inputs, `v` inputs. `weights` `[readers, head_dim, d_model]` and `biases` `[readers, head_dim]`
+    project a reader's normalised input; the model's own attention code, with these in place of its own projections, does the rest.
     """
 
     def __init__(self, model: nn.Module, attention: Attention, d_model: int, *, per_head_kv: bool) -> None:

@@ -110,7 +110,9 @@ def _padding_error(parts: Parts, pairs: PromptPairs) -> float:
     """Tokens behind a prompt must not change what is said at its own positions."""
     few = pairs.select(range(min(4, len(pairs))))
     longer = PromptPairs(
-        clean=[np.append(ids, [0, 0, 0]) for ids in few.clean], corrupted=[np.append(ids, [0, 0, 0]) for ids in few.corrupted], answers=few.answers
+        clean=[np.append(ids, [0, 0, 0]) for ids in few.clean],
+        corrupted=[np.append(ids, [0, 0, 0]) for ids in few.corrupted],
+        answers=few.answers,
     )
     mask = np.random.default_rng(0).uniform(size=parts.sites.graph.shape)
     worst = 0.0
@@ -176,7 +178,7 @@ def _constants(parts: Parts, like: Tensor, n_layers: int | None = None) -> Tenso
 
 def _engine_on(parts: Parts, ids: np.ndarray) -> TorchEngine:
     other = (ids + 1) % parts.architecture.vocabulary
-    return TorchEngine(parts, PromptPairs(clean=ids, corrupted=other, answers=ids[:, 0]), NLL(), Source())  # type: ignore[arg-type]
+    return TorchEngine(parts, PromptPairs(clean=ids, corrupted=other, answers=ids[:, 0]), NLL(), Source())
 
 
 def _all_logits(engine: TorchEngine, mask: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The proof of the labels: which reader feeds which head, and which is a query, a key, a value.
 
-`F(1)` cannot tell two heads' readers apart, since all of them read the same stream there. So each reader's projection is replaced by noise at
-the first position and in the middle in turn, and what moves behind the attention must be what the graph says.
+`F(1)` cannot tell two heads' readers apart, since all of them read the same stream there. So each reader's projection is replaced by
+noise at the first position and in the middle in turn, and what moves behind the attention must be what the graph says.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _moved(joint: AttentionJoint, call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _kind(first: Tensor, middle: Tensor) -> str:
-    """From what moves `[position, heads]`: a value moves the first position by itself; a key moves later positions; a query only its own."""
+    """By what moves `[position, heads]`: a value moves the first position by itself, a key moves later positions, a query only its own."""
     if bool(first[0].any()):
         return "v"
     return "k" if bool(middle[_MIDDLE + 1 :].any()) else "q"

@@ -47,7 +47,8 @@ class Sites:
     @classmethod
     def of(cls, graph: Graph, architecture: Architecture) -> Sites:
         seen = graph.visible.sum(axis=1)
-        layers, row, writer = [], 0, 1
+        layers: list[LayerSites] = []
+        row, writer = 0, 1
         for block in architecture.blocks:
             n_heads = block.attention.q.n_heads if block.attention else 0
             n_readers = sum(r.layer == len(layers) and r.kind != "mlp" for r in graph.readers)
@@ -72,7 +73,8 @@ class Sites:
     def first_difference(self, masks: Float[ndarray, "lanes readers writers"]) -> Int[ndarray, " lanes"]:
         """Per mask, the first layer in which some edge is not fully live."""
         differs = ((masks != 1) & self.graph.visible).any(axis=2)
-        return np.where(differs, self.layer_of_row, len(self.layers)).min(axis=1)
+        first: Int[ndarray, " lanes"] = np.where(differs, self.layer_of_row, len(self.layers)).min(axis=1)
+        return first
 
     def writers_before(self, layer: int) -> int:
         """How many writers come before a layer."""

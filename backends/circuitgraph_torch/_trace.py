@@ -97,8 +97,8 @@ def trace(
 ) -> TorchModel:
     """Find a model's wiring, take it apart at its joints, and prove that the replay is the model.
 
-    `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, an `nn.Module` or an nnsight model. `architecture`: a description
-    to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too).
+    `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, an `nn.Module` or an nnsight model. `architecture`: a
+    description to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too).
     Raises `TraceError` naming the joint that is missing, or the first module that differs.
     """
     loaded = load(model, tokenizer)
@@ -115,7 +115,8 @@ def trace(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise TraceError(
-            f"{type(module).__name__} cannot be replayed: its attention does not take a batch of another size than it was observed with ({reason})"
+            f"{type(module).__name__} cannot be replayed: its attention does not take a batch of another size than it was observed "
+            f"with ({reason})"
         ) from error
     finally:
         module.train(was_training)

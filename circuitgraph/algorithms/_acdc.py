@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class ACDC:
     >>> [edge.name for edge in engine.graph.edges_of(ACDC(threshold=0.02).run(engine).mask)]
     ['input->a0.h1<v>', 'a0.h1->m0', 'a0.h1->logits', 'm0->logits']
     """
+
+    default_metric: ClassVar[str] = "kl"
 
     threshold: float
     group_first: bool = True
