@@ -15,7 +15,7 @@ from families import FAMILIES, tiny
 
 import circuitgraph_torch
 from circuitgraph._architecture import Architecture
-from circuitgraph._errors import TraceError, UnknownNameError
+from circuitgraph._errors import CircuitGraphError, TraceError, UnknownNameError
 from circuitgraph._pairs import PromptPairs
 
 PAIRS = PromptPairs(
@@ -151,6 +151,19 @@ def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
         circuitgraph_torch.trace(42)
     with pytest.raises(UnknownNameError, match="unknown dtype 'float23'"):
         circuitgraph_torch.trace(tiny("gpt2"), dtype="float23")
+
+
+@pytest.mark.parametrize("device", ["cuda", "nowhere"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(CircuitGraphError, match=f"device '{device}' cannot be used here"):
+        circuitgraph_torch.trace(tiny("gpt2"), device=device)
+
+
+def test_a_model_that_only_replays_in_its_own_batch_size_is_refused() -> None:
+    with pytest.raises(TraceError, match="BloomForCausalLM cannot be replayed"):
+        circuitgraph_torch.trace(tiny("bloom"))
 
 
 def test_a_nan_in_the_model_is_refused() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +73,32 @@ def _from_hub(name: str) -> Loaded:
 def _from_folder(folder: Path | str, name: str) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    with _quietly():
+        config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"model {name!r} is an encoder-decoder ({config.model_type}); circuitgraph traces decoder-only transformers")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(folder)
     except ValueError as error:
         raise TraceError(f"model {name!r} is not a causal language model: {str(error).splitlines()[0]}") from None
     return Loaded(model.eval(), _tokenizer(folder), name)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bar for what takes a second, and no warning about weights that are empty on purpose."""
+    from transformers.utils import logging
+
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            yield
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path | str) -> Any | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Check, Source, SourceKind
-from circuitgraph._errors import TraceError, unknown_name
+from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs
@@ -102,7 +102,7 @@ def trace(
     Raises `TraceError` naming the joint that is missing, or the first module that differs.
     """
     loaded = load(model, tokenizer)
-    module = loaded.model.to(device=device, dtype=_dtype(dtype))
+    module = _moved(loaded.model, device, dtype)
     was_training = module.training
     module.eval()
     try:
@@ -121,6 +121,15 @@ def trace(
     finally:
         module.train(was_training)
     return TorchModel(loaded.name, loaded.tokenizer, proof, parts)
+
+
+def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | torch.dtype | None) -> nn.Module:
+    wanted = _dtype(dtype)
+    try:
+        return module.to(device=device, dtype=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CircuitGraphError(f"device {str(device)!r} cannot be used here: {reason}; leave it out, or use 'cpu'") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -35,7 +35,7 @@ class Settings:
     sentences: int = 100_000
     steps: int = 1800
     prompts: int = 96
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.03
     answer_weight: float = 4.0
     embedding_scale: float = 0.15
@@ -63,7 +63,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         head_dim=64,
         max_position_embeddings=256,
-        initializer_range=0.06,
+        initializer_range=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         bos_token_id=None,
         eos_token_id=None,
