@@ -61,7 +61,7 @@ class Batch:
     ) -> None:
         self.index = bucket.index
         self._parts, self._bucket, self._metric = parts, bucket, metric
-        self._live_ids, self._other_ids = live, other
+        self.live_ids, self._other_ids = live, other
         self._differences: tuple[SourceRun, Tensor] | None = None
         self._unmixed: tuple[SourceRun, bytes, Tensor] | None = None
 
@@ -70,11 +70,11 @@ class Batch:
 
     @cached_property
     def _calls(self) -> list[AttentionCall]:
-        return self._parts.calls(self._live_ids.shape[1])
+        return self._parts.calls(self.live_ids.shape[1])
 
     @cached_property
     def _input(self) -> Tensor:
-        return self._parts.embed(self._live_ids)
+        return self._parts.embed(self.live_ids)
 
     @cached_property
     def live(self) -> LiveRun:
@@ -108,7 +108,9 @@ class Batch:
 
     def _lanes(self, start: int) -> int:
         sites, x = self._parts.sites, self._input
-        per_lane = (len(sites.graph.writers) - sites.writers_before(start) + 8) * x.numel() * x.element_size()
+        widest = max((layer.attention.stop - layer.attention.first for layer in sites.layers if layer.attention), default=1)
+        vectors = len(sites.graph.writers) - sites.writers_before(start) + 2 * widest  # writers kept, one layer's readers and their norms
+        per_lane = vectors * x.numel() * x.element_size()
         return max(1, _LANES_BYTES // per_lane)
 
     def _lanes_from(self, start: int, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
@@ -212,6 +214,6 @@ class Batch:
     @torch.no_grad()
     def _clean_log_probs(self) -> Tensor:
         clean = self._bucket.clean
-        run = self.live if clean is self._live_ids else self._plain(self._parts.embed(clean))
+        run = self.live if clean is self.live_ids else self._plain(self._parts.embed(clean))
         logits = self._parts.joints.logits(run.streams[-1][:, -1])
         return log_softmax(logits.to(self._weight_dtype))  # type: ignore[no-any-return]

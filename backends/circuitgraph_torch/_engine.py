@@ -51,14 +51,14 @@ class TorchEngine:
             raise TaskError(f"token id {pairs.largest_token} is outside the model's vocabulary of {parts.architecture.vocabulary}")
         self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
         self._is_reversed = is_reversed
-        self._batches = [
+        self.batches = [
             Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
             for bucket in pairs.buckets()
             for part in _cut(bucket, self._prompts_per_batch(bucket))
         ]
         self._sources: dict[int, SourceRun] = {}
-        total = sum(len(b) * b._live_ids.shape[1] for b in self._batches) * self._bytes_per_token
-        self._keeps_runs = len(self._batches) == 1 or 3 * total <= _CACHE_BYTES
+        total = sum(len(b) * b.live_ids.shape[1] for b in self.batches) * self._bytes_per_token
+        self._keeps_runs = len(self.batches) == 1 or 3 * total <= _CACHE_BYTES
 
     @property
     def graph(self) -> Graph:
@@ -79,7 +79,7 @@ class TorchEngine:
         checked = None if mask is None else self._masks(mask, n_dims=2)
         values: list[Tensor] = []
         places: dict[int, tuple[int, int]] = {}
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.batches):
             values.append(batch.values(checked, self._source_run(number, source)))
             places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
             self._done(number)
@@ -91,7 +91,7 @@ class TorchEngine:
     ) -> Float[ndarray, "lanes prompts"]:
         checked = self._masks(masks, n_dims=3)
         out = np.empty((len(checked), self.n_prompts))
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.batches):
             out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
             self._done(number)
         return out
@@ -103,7 +103,7 @@ class TorchEngine:
         checked = self._masks(mask, n_dims=2)
         check_gradient(self._metric, checked, self.graph, mix)
         out = np.empty((self.n_prompts, *self.graph.shape))
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.batches):
             out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
             self._done(number)
         return out
@@ -115,7 +115,7 @@ class TorchEngine:
     def logits(self, mask: Float[ndarray, "readers writers"]) -> Iterator[tuple[Batch, Tensor]]:
         """All logits under a mask, `[prompts, position, vocabulary]`, batch by batch."""
         checked = self._masks(mask, n_dims=2)
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.batches):
             with torch.no_grad():
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
@@ -128,7 +128,7 @@ class TorchEngine:
         return checked.astype(dtype)
 
     def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
-        batch = self._batches[number]
+        batch = self.batches[number]
         if override is not None:
             return batch.source_run(self._own_values(override, number))
         if number not in self._sources:
@@ -137,10 +137,10 @@ class TorchEngine:
 
     def _own_values(self, values: WriterValues, number: int) -> Tensor:
         """Somebody's writer values for one of our batches."""
-        batch = self._batches[number]
+        batch = self.batches[number]
         if len(values) != self.n_prompts:
             raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {self.n_prompts}")
-        if isinstance(values, TorchWriterValues) and len(values.batches) == len(self._batches):
+        if isinstance(values, TorchWriterValues) and len(values.batches) == len(self.batches):
             if all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index)):
                 return values.batches[number]
         stacked = np.stack([values[int(i)] for i in batch.index], axis=1)
@@ -152,7 +152,7 @@ class TorchEngine:
         if self._source.kind == "zero":
             d_model = self._parts.architecture.d_model
             return next(self._parts.model.parameters()).new_zeros(len(self.graph.writers), 1, 1, d_model)
-        length = batch._live_ids.shape[1]
+        length = batch.live_ids.shape[1]
         return self._mean(length if self._source.kind == "mean-per-position" else None)
 
     def _mean(self, length: int | None) -> Tensor:
@@ -180,7 +180,7 @@ class TorchEngine:
 
     def _done(self, number: int) -> None:
         if not self._keeps_runs:
-            self._batches[number].forget()
+            self.batches[number].forget()
             self._sources.pop(number, None)
 
 

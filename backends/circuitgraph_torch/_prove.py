@@ -95,10 +95,10 @@ def _stream_error(parts: Parts, engine: TorchEngine) -> float:
     """Each layer's input, as the original computes it, against the sum of the writers before it."""
     paths = [block.path for block in parts.architecture.blocks]
     worst = 0.0
-    for batch in engine._batches:
+    for batch in engine.batches:
         with torch.no_grad():
             values = batch.live.values
-        ends = capture(parts.model, paths, torch.from_numpy(batch._live_ids).to(parts.device))
+        ends = capture(parts.model, paths, torch.from_numpy(batch.live_ids).to(parts.device))
         for number, end in enumerate(ends):
             before = parts.sites.writers_before(number + 1)
             summed = values[:before].sum(0) + _constants(parts, values, number + 1)
