@@ -49,6 +49,15 @@ class Parts:
         return block_input(self.model, self.architecture.blocks[0].path, torch.from_numpy(ids).to(self.device))
 
     @property
+    def longest(self) -> int:
+        """How many tokens a prompt may have where positions are learned; else more than anyone will ask for."""
+        if self.architecture.positions is None:
+            return 1 << 20
+        rows = len(next(self.model.get_submodule(self.architecture.positions).parameters()))
+        config = getattr(self.model, "config", None)
+        return min(rows, getattr(config, "max_position_embeddings", None) or rows)  # OPT's table has two rows more than positions
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

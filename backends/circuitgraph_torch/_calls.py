@@ -6,14 +6,16 @@ Rotary tables, causal and sliding-window masks come out of the model's own forwa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from circuitgraph._errors import TraceError
+from circuitgraph._errors import TaskError, TraceError
+from circuitgraph_torch._modes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def forward_arguments(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 
 def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The untouched model's logits, `[prompts, position, vocabulary]`."""
-    with torch.no_grad():
+    with undisturbed(model), _too_long(ids):
         out = model(ids, **forward_arguments(model, ids))
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if logits is None:
@@ -89,10 +91,21 @@ def attention_calls(model: nn.Module, paths: Sequence[str], length: int, device:
     return [calls[path] for path in paths]
 
 
+@contextmanager
+def _too_long(ids: Tensor) -> Iterator[None]:
+    """A position or a token that the model has no embedding for is found out by an embedding's lookup."""
+    try:
+        yield
+    except IndexError as error:
+        raise TaskError(
+            f"the model does not take prompts of {ids.shape[1]} tokens, or has no embedding for one of them ({error})"
+        ) from error
+
+
 def _run_until(model: nn.Module, ids: Tensor, hooks: Sequence[tuple[str, Callable[..., None]]]) -> None:
     handles = [model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True) for path, hook in hooks]
     try:
-        with torch.no_grad():
+        with undisturbed(model), _too_long(ids):
             model(ids, **forward_arguments(model, ids))
     except _Enough:
         return

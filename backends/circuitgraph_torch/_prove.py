@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,10 +18,14 @@ from circuitgraph._pairs import PromptPairs
 from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
+from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove_feeds import prove_feeds
 from circuitgraph_torch._window import capture
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from numpy import ndarray
+
     from circuitgraph._architecture import Architecture
 
 # Largest difference allowed, over the largest value. Half-precision models round every sum of the stream.
@@ -43,10 +48,10 @@ class Proof:
         )
 
 
-def prove(parts: Parts, *, n_prompts: int = 2, length: int = 12, seed: int = 0) -> Proof:
+def prove(parts: Parts, *, n_prompts: int = 2, seed: int = 0) -> Proof:
     """Compare on random tokens. Raises `TraceError` that names the first module whose output the replay does not reproduce."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, parts.architecture.vocabulary, (n_prompts, length))
+    ids = rng.integers(0, parts.architecture.vocabulary, (n_prompts, min(12, parts.longest)))
     tolerance = _TOLERANCE.get(next(parts.model.parameters()).dtype, 1e-5)
     tokens = torch.from_numpy(ids).to(parts.device)
     paths = _component_paths(parts.architecture)
@@ -60,7 +65,7 @@ def prove(parts: Parts, *, n_prompts: int = 2, length: int = 12, seed: int = 0) 
     prove_feeds(parts)
     end = seen[parts.architecture.blocks[-1].path]
     residual = _relative(values.sum(0) + _constants(parts, values), end)
-    logits = _relative(_all_logits(engine, 1.0), original)
+    logits = _relative(_logits(engine, np.ones(engine.graph.shape)), original)
     if not logits <= tolerance or not residual <= tolerance:
         raise TraceError(
             f"the replay differs from the model after the last block (residual {residual:.1e}, logits {logits:.1e}, allowed "
@@ -75,7 +80,8 @@ def checks(parts: Parts, pairs: PromptPairs) -> Iterator[Check]:
     engine = TorchEngine(parts, pairs, NLL(), Source())
     yield Check("F(1) is the model", "largest logit difference, relative", _worst(parts, engine, pairs.clean, 1.0), tolerance)
     yield Check("F(0) is the source run", "largest logit difference, relative", _worst(parts, engine, pairs.corrupted, 0.0), tolerance)
-    yield Check("readers are the sum of their writers", "largest difference, relative", _stream_error(parts, engine), tolerance)
+    # Hundreds of writers are added in another order than the model adds them: more rounding than the model's own.
+    yield Check("readers are the sum of their writers", "largest difference, relative", _stream_error(parts, engine), 10 * tolerance)
     yield Check("padding changes nothing", "largest logit difference, relative", _padding_error(parts, pairs), tolerance)
     dead = _dead_readers(engine)
     what = f"of {len(parts.sites.graph.readers)} readers, those whose patch moves no prompt ({', '.join(dead[:8]) or 'none'})"
@@ -107,30 +113,55 @@ def _stream_error(parts: Parts, engine: TorchEngine) -> float:
 
 
 def _padding_error(parts: Parts, pairs: PromptPairs) -> float:
-    """Tokens behind a prompt must not change what is said at its own positions."""
-    few = pairs.select(range(min(4, len(pairs))))
-    longer = PromptPairs(
-        clean=[np.append(ids, [0, 0, 0]) for ids in few.clean],
-        corrupted=[np.append(ids, [0, 0, 0]) for ids in few.corrupted],
-        answers=few.answers,
-    )
+    """Of the first few prompts: tokens behind a prompt must not change the replay at the prompt's own positions, nor masked tokens
+    before it the model, if it takes a mask and positions."""
     mask = np.random.default_rng(0).uniform(size=parts.sites.graph.shape)
     worst = 0.0
-    plain, padded = (TorchEngine(parts, p, NLL(), Source()).logits(mask) for p in (few, longer))
-    for (_, expected), (_, got) in zip(plain, padded, strict=True):
+    for i in range(min(4, len(pairs))):
+        one = pairs.select([i])
+        n_pads = min(3, parts.longest - len(one.clean[0]))
+        if n_pads < 1:
+            continue
+        longer = PromptPairs(clean=[_behind(one.clean[0], n_pads)], corrupted=[_behind(one.corrupted[0], n_pads)], answers=one.answers)
+        expected, got = (_logits(TorchEngine(parts, p, NLL(), Source()), mask) for p in (one, longer))
         worst = _larger(worst, _relative(got[:, : expected.shape[1]], expected))
+        worst = _larger(worst, _left_padding_error(parts, one.clean[0], n_pads))
     return worst
 
 
-def _dead_readers(engine: TorchEngine) -> list[str]:
+def _behind(ids: Int[ndarray, " position"], n_pads: int) -> Int[ndarray, " position"]:
+    return np.append(ids, [0] * n_pads)
+
+
+def _left_padding_error(parts: Parts, ids: Int[ndarray, " position"], n_pads: int) -> float:
+    """The untouched model on a prompt with masked tokens before it and explicit positions, against the prompt alone."""
+    accepted = inspect.signature(parts.model.forward).parameters
+    if not {"attention_mask", "position_ids"} <= set(accepted):
+        return 0.0
+    tokens = torch.from_numpy(ids.copy()).to(parts.device)[None]
+    zeros = tokens.new_zeros(1, n_pads)
+    padded = {
+        "attention_mask": torch.cat([zeros, torch.ones_like(tokens)], 1),
+        "position_ids": torch.cat([zeros, torch.arange(len(ids), device=parts.device)[None]], 1),
+    }
+    with undisturbed(parts.model):
+        got = parts.model(torch.cat([zeros, tokens], 1), **padded).logits[:, n_pads:]
+    return _relative(got, original_logits(parts.model, tokens))
+
+
+def _dead_readers(engine: TorchEngine, n_lanes: int = 32) -> list[str]:
+    readers = engine.graph.readers
     ones = np.ones(engine.graph.shape, dtype=np.float32)
     whole = engine.evaluate(ones[None])[0]
     dead = []
-    for r in range(len(engine.graph.readers) - 1, -1, -1):
-        mask = ones.copy()
-        mask[r] = 0
-        if np.array_equal(engine.evaluate(mask[None])[0], whole):
-            dead.append(engine.graph.readers[r].name)
+    for first in range(0, len(readers), n_lanes):
+        lanes = range(first, min(first + n_lanes, len(readers)))
+        masks = np.repeat(ones[None], len(lanes), axis=0)
+        masks[np.arange(len(lanes)), lanes] = 0
+        values = engine.evaluate(masks)
+        # Lanes differ in rounding, so what moves nothing is asked again by itself.
+        near = [r for r, value in zip(lanes, values, strict=True) if np.allclose(value, whole, rtol=1e-4, atol=1e-5)]
+        dead += [readers[r].name for r in near if np.array_equal(engine.evaluate(masks[[r - first]])[0], whole)]
     return dead
 
 
@@ -176,13 +207,14 @@ def _constants(parts: Parts, like: Tensor, n_layers: int | None = None) -> Tenso
     return total
 
 
-def _engine_on(parts: Parts, ids: np.ndarray) -> TorchEngine:
+def _engine_on(parts: Parts, ids: Int[ndarray, "prompts position"]) -> TorchEngine:
     other = (ids + 1) % parts.architecture.vocabulary
     return TorchEngine(parts, PromptPairs(clean=ids, corrupted=other, answers=ids[:, 0]), NLL(), Source())
 
 
-def _all_logits(engine: TorchEngine, mask: float) -> Tensor:
-    ((_, logits),) = engine.logits(np.full(engine.graph.shape, mask))
+def _logits(engine: TorchEngine, mask: Float[ndarray, "readers writers"]) -> Tensor:
+    """Of an engine with one batch, `[prompts, position, vocabulary]`."""
+    ((_, logits),) = engine.logits(mask)
     return logits
 
 

@@ -15,20 +15,21 @@ from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._joints import AttentionJoint
 
-_LENGTH, _MIDDLE = 8, 4
+_LENGTH = 8
 _DRAWS = 8  # a sharp attention pattern may not move for one draw of noise
 
 
 def prove_feeds(parts: Parts) -> None:
     """Raises `TraceError` at the first reader that does not move what its name and the graph say it moves."""
     graph = parts.sites.graph
-    calls = parts.calls(_LENGTH)
+    length = min(_LENGTH, parts.longest)
+    calls = parts.calls(length)
     for block, layer, joints, call in zip(parts.architecture.blocks, parts.sites.layers, parts.joints.layers, calls, strict=True):
         if joints.attention is None or layer.attention is None or block.attention is None:
             continue
         readers = graph.readers[layer.attention.first : layer.attention.stop]
         feeds = graph.feeds[layer.attention.first : layer.attention.stop, layer.first_head : layer.first_head + layer.n_heads]
-        moved = _moved(joints.attention, call)
+        moved = _moved(joints.attention, call, length)
         for reader, fed, first, middle in zip(readers, feeds, *moved, strict=True):
             own = [int(name.rpartition(".h")[2]) for name in graph.nodes_of(reader)]
             is_fed = torch.from_numpy(fed.copy()).to(first.device)
@@ -37,17 +38,17 @@ def prove_feeds(parts: Parts) -> None:
                 raise TraceError(_message(reader, block.attention.path, first, middle))
 
 
-def _moved(joint: AttentionJoint, call: AttentionCall) -> tuple[Tensor, Tensor]:
+def _moved(joint: AttentionJoint, call: AttentionCall, length: int) -> tuple[Tensor, Tensor]:
     """For noise at the first position and in the middle, `[readers, position, heads]`: did this head move there, in any draw?"""
     n, width = joint.n_readers, joint.head_dim
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(_DRAWS, 1, 1, _LENGTH, n * width, generator=generator).to(joint.weights)
+    base = torch.randn(_DRAWS, 1, 1, length, n * width, generator=generator).to(joint.weights)
     noise = torch.randn(_DRAWS, width, generator=generator).to(joint.weights)
     noisy = base.repeat(1, 2, n, 1, 1)
     for reader in range(n):
         features = slice(reader * width, (reader + 1) * width)
         noisy[:, 0, reader, 0, features] = noise
-        noisy[:, 1, reader, _MIDDLE, features] = noise
+        noisy[:, 1, reader, length // 2, features] = noise
     batch = torch.cat([base.flatten(0, 2), noisy.flatten(0, 2)])
     with torch.no_grad():
         mixed = joint.attend(batch, call, rows_are_shared=False)
@@ -62,7 +63,7 @@ def _kind(first: Tensor, middle: Tensor) -> str:
     """By what moves `[position, heads]`: a value moves the first position by itself, a key moves later positions, a query only its own."""
     if bool(first[0].any()):
         return "v"
-    return "k" if bool(middle[_MIDDLE + 1 :].any()) else "q"
+    return "k" if bool(middle[len(middle) // 2 + 1 :].any()) else "q"
 
 
 def _message(reader: Reader, path: str, first: Tensor, middle: Tensor) -> str:

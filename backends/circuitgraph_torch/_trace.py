@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +16,14 @@ from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, metric_named
-from circuitgraph._pairs import PromptPairs
+from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
 from circuitgraph_torch._find import find_architecture
 from circuitgraph_torch._joints import ModelJoints
-from circuitgraph_torch._load import load
+from circuitgraph_torch._load import Loaded, load
+from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove import Proof, checks, prove
 from circuitgraph_torch._sites import Sites
 
@@ -56,7 +56,7 @@ class TorchModel:
         """The model itself, untouched."""
         return self._parts.model
 
-    @cached_property
+    @property
     def provenance(self) -> Mapping[str, Any]:
         import transformers
 
@@ -83,6 +83,7 @@ class TorchModel:
         return out
 
     def checks(self, pairs: PromptPairs) -> Iterator[Check]:
+        check_vocabulary(pairs, self.architecture.vocabulary)
         return checks(self._parts, pairs)
 
 
@@ -103,24 +104,24 @@ def trace(
     """
     loaded = load(model, tokenizer)
     module = _moved(loaded.model, device, dtype)
-    was_training = module.training
-    module.eval()
     try:
-        found = find_architecture(module) if architecture is None else architecture
-        joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
-        parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found))
-        proof = prove(parts)
+        with undisturbed(module):
+            return _proved(loaded, module, architecture, per_head_kv=per_head_kv)
     except AttributeError as error:
         raise TraceError(f"the architecture description does not fit the model: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TraceError(
-            f"{type(module).__name__} cannot be replayed: its attention does not take a batch of another size than it was observed "
+            f"{type(module).__name__} cannot be replayed: it does not take prompts, or a batch, of another size than it was observed "
             f"with ({reason})"
         ) from error
-    finally:
-        module.train(was_training)
-    return TorchModel(loaded.name, loaded.tokenizer, proof, parts)
+
+
+def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None, *, per_head_kv: bool) -> TorchModel:
+    found = find_architecture(module) if architecture is None else architecture
+    joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
+    parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found))
+    return TorchModel(loaded.name, loaded.tokenizer, prove(parts), parts)
 
 
 def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | torch.dtype | None) -> nn.Module:
@@ -142,7 +143,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from circuitgraph_torch._calls import forward_arguments
+from circuitgraph_torch._modes import undisturbed
 
 _LOCK = threading.Lock()  # nnsight cannot trace in two threads at once
 
@@ -16,9 +17,8 @@ _LOCK = threading.Lock()  # nnsight cannot trace in two threads at once
 def capture(model: nn.Module, paths: Sequence[str], ids: Tensor) -> list[Tensor]:
     """What the modules at `paths` (in the order in which the model calls them) say on these tokens, from one run of the original."""
     import nnsight
-    import torch
 
-    with _LOCK, torch.no_grad():
+    with _LOCK, undisturbed(model):
         return [value.detach() for value in _outputs(nnsight, nnsight.NNsight(model), paths, ids, forward_arguments(model, ids))]
 
 
