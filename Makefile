@@ -2,6 +2,7 @@
 # make test    the tests (make test PYTEST="-k names -n 0" passes options on)
 # make lint    ruff, mypy, import-linter
 # make docs    the documentation, into site/
+# make bench   the figures, into benchmarks/RESULTS.md and docs/explanation/figures.md (a quarter of an hour on 2 quiet cores)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install -q -q --disable-pip-version-check -c cons
 PYTEST ?= -n 2
 DEMO   := demo
 
-.PHONY: demo test lint docs dev clean
+.PHONY: demo test lint docs bench dev clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/run
@@ -29,6 +30,9 @@ lint: $(STAMPS)/dev
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(STAMPS)/test
+	$(BIN)/python -m benchmarks
 
 dev: $(STAMPS)/dev $(STAMPS)/test
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from circuitgraph._task import Task as Task
     from circuitgraph._task import load_task as load_task
 
+__all__ = sorted({*(name for name in globals() if not name.startswith("_")), "Task", "load_task"} - {"TYPE_CHECKING"})
+
 
 def __getattr__(name: str) -> object:
     """Tasks are pydantic models, which take as long to import as all the rest: they are loaded when asked for (PEP 562)."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuitgraph._errors import CircuitGraphError
+from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._graph import Graph
 from circuitgraph._names import Edge, Reader, Writer
 
@@ -107,7 +107,7 @@ class Circuit:
         """The `n` edges of the graph with the largest |score|; ties go to the lower id, so `top(n)` is always a subset of `top(n + 1)`."""
         size = np.abs(self._scores_for("top"))[self.graph.visible]
         n_scored = int(np.isfinite(size).sum())
-        if not 0 <= n <= n_scored:
+        if whole_number("top: n", n, 0) > n_scored:
             raise CircuitGraphError(f"top({n}): the graph has {n_scored:,} scored edges; n must be from 0 to that")
         best = np.argsort(-size, kind="stable")[:n]  # NaN sorts last
         mask = np.zeros(self.graph.shape, dtype=bool)

@@ -18,7 +18,7 @@ from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, Sour
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
-from circuitgraph.evaluation._question import Question, digest, pose
+from circuitgraph.evaluation._question import Question, digest, pose, warn
 from circuitgraph.evaluation._report import Report, answer, with_report
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ def trace(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel:
     Options of the torch backend: `architecture` (a hand-written one), `per_head_kv`, `dtype`, `device`, `tokenizer`. Raises `TraceError`
     that names the joint which could not be found or the first module that differs.
 
-    >>> traced = trace("zoo:induction-2l")   # doctest: +SKIP
-    >>> traced.graph                         # doctest: +SKIP
-    Graph(9 writers, 25 readers, 113 edges, 10 nodes)
+    >>> trace("zoo:induction-2l").graph
+    Graph(9 writers, 25 readers, 81 edges, 10 nodes)
     """
     return _plugins.traced(model, backend=backend, **options)
 
@@ -97,6 +96,8 @@ def find(
     circuit = Circuit(question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
     if choose is not None:
         circuit = choose(circuit)
+    if circuit.n_edges == 0:
+        warn("no edge was kept: the threshold is above every score, or what was kept leads from the input to nowhere; ask for more edges")
     report = answer(question, circuit)
     circuit = with_report(circuit, report)
     seconds = round(time.perf_counter() - started, 3)
@@ -119,8 +120,8 @@ def strongest(circuit: Circuit, *, top: int | None = None, threshold: float | No
 def check_trace(model: Any, pairs: PromptPairs | None = None, *, backend: str = "torch") -> tuple[Check, ...]:
     """Every invariant of a trace, measured on `pairs` (default: a few random tokens), for anyone's CI.
 
-    `F(1)` is the model, `F(0)` the source run, readers are the sum of their writers, padding changes nothing, and every reader
-    moves the output.
+    `F(1)` is the model, `F(0)` the source run, readers are the sum of their writers, padding changes nothing; the last check reports
+    the readers that move nothing.
 
     >>> assert all(check.holds for check in check_trace("zoo:induction-2l"))   # doctest: +SKIP
     """
@@ -166,11 +167,12 @@ def _checked(outcome: Outcome, engine: Engine, name: str) -> Outcome:
 def _provenance(question: Question, algorithm: Algorithm) -> dict[str, Any]:
     traced = question.traced
     model = dict(traced.provenance)
-    versions = model.pop("versions", {})
+    versions, file = model.pop("versions", {}), question.task_file
     return {
         "model": {**model, "name": traced.name},
         "architecture": json.loads(traced.architecture.to_json()),
-        "task": {"name": question.task_name, "digest": question.task_digest},
+        "task": {"name": question.task_name, "digest": question.task_digest, **({"path": str(file)} if file else {})},
+        "prompts_digest": digest(question.pairs),
         "prompts": len(question.pairs),
         "seed": question.seed,
         "source": question.source.kind,

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_chec
 
 import numpy as np
 
-from circuitgraph._errors import DegenerateError, unknown_name
+from circuitgraph._errors import CircuitGraphError, DegenerateError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
+from circuitgraph._pairs import PromptPairs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from numpy import ndarray
 
     from circuitgraph._architecture import Architecture
-    from circuitgraph._pairs import PromptPairs
 
 SourceKind = Literal["corrupted", "zero", "mean", "mean-per-position"]
 
@@ -45,6 +45,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.kind not in get_args(SourceKind):
             raise unknown_name("source", self.kind, get_args(SourceKind))
+        if self.data is not None and not isinstance(self.data, PromptPairs):
+            raise CircuitGraphError(f"source: its data is {self.data!r}; expected PromptPairs")
 
 
 @runtime_checkable
@@ -141,7 +143,7 @@ class TracedModel(Protocol):
 
     def checks(self, pairs: PromptPairs) -> Iterator[Check]:
         """The invariants of the trace on these prompts, lazily and cheapest first: `F(1)` is the model, `F(0)` the source run,
-        readers are the sum of their writers, padding changes nothing, every reader moves the output."""
+        readers are the sum of their writers, padding changes nothing; the last one reports the readers that move nothing."""
         ...
 
 
@@ -190,7 +192,7 @@ def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], grap
     if metric.flat_at_clean and mix == 1.0 and bool(np.all(np.asarray(mask)[graph.visible] == 1)):
         raise DegenerateError(
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "
-            "use logit_diff or prob_diff, or a method that works with it: acdc, activation-patching, or integrated gradients"
+            "use logit_diff or prob_diff, or a method that works with it: acdc or activation-patching"
         )
 
 

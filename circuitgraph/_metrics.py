@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from circuitgraph._errors import TaskError, unknown_name
+from circuitgraph._errors import CircuitGraphError, TaskError, unknown_name
 
 Array = Any  # an array of numpy, torch or jax
 
@@ -116,7 +116,7 @@ class KLDivergence:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """1 where the best answer has a larger logit than the best wrong answer (than every other token, if none is given), else 0."""
+    """1 where the best answer has a larger logit than the best wrong answer (for a prompt without one: than every other token), else 0."""
 
     name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
@@ -128,9 +128,11 @@ class Accuracy:
     def __call__(self, logits: Array, target: Target) -> Array:
         xp = _namespace(logits)
         right = self._best(logits, target.answers, target.answer_weights)
+        is_best = right >= xp.max(logits, axis=-1)
         if target.wrong_answers.shape[-1] == 0:
-            return xp.astype(right >= xp.max(logits, axis=-1), logits.dtype)
-        return xp.astype(right > self._best(logits, target.wrong_answers, target.wrong_weights), logits.dtype)
+            return xp.astype(is_best, logits.dtype)
+        is_better = right > self._best(logits, target.wrong_answers, target.wrong_weights)
+        return xp.astype(xp.where(target.wrong_weights.sum(-1) == 0, is_best, is_better), logits.dtype)
 
     @staticmethod
     def _best(logits: Array, columns: Array, weights: Array) -> Array:
@@ -143,9 +145,11 @@ METRICS: dict[str, type[Metric]] = {m.name: m for m in (LogitDiff, ProbDiff, NLL
 
 
 def metric_named(metric: str | Metric) -> Metric:
-    """A metric by name; `logit-diff` and `logit_diff` are the same. Raises `UnknownNameError`."""
-    if not isinstance(metric, str):
+    """A metric by name, or the metric itself; `logit-diff` and `logit_diff` are the same. Raises `UnknownNameError`."""
+    if isinstance(metric, Metric) and not isinstance(metric, type):
         return metric
+    if not isinstance(metric, str):
+        raise CircuitGraphError(f"metric: {metric!r}; expected a name ({', '.join(METRICS)}) or an instance such as LogitDiff()")
     name = metric.strip().lower().replace("-", "_")
     if name not in METRICS:
         raise unknown_name("metric", metric, METRICS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import total_ordering
 from typing import Literal
 
-from circuitgraph._errors import UnknownNameError
+from circuitgraph._errors import UnknownNameError, near_names
 
 WriterKind = Literal["input", "head", "mlp"]
 HeadInput = Literal["q", "k", "v"]
@@ -64,7 +64,7 @@ class Writer:
                 return cls("head", int(head[1]), int(head[3]))
         if mlp := _MLP.fullmatch(text):
             return cls("mlp", int(mlp[1]))
-        raise UnknownNameError(f"{text!r} is not the name of a writer; {_EXPECTED_WRITER}")
+        raise UnknownNameError(f"{text!r} is not the name of a writer; {_meant(text, 'input') or _EXPECTED_WRITER}")
 
 
 @total_ordering
@@ -126,7 +126,7 @@ class Reader:
             assert head is not None  # the same pattern
             kind = (found[2] or found[3]).lower()
             return cls(kind, int(head[1]), int(head[3]), (head[2] or "h").lower() == "g")  # type: ignore[arg-type]
-        raise UnknownNameError(f"{text!r} is not the name of a reader; {_EXPECTED_READER}")
+        raise UnknownNameError(f"{text!r} is not the name of a reader; {_meant(text, 'logits', text[-3:]) or _EXPECTED_READER}")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -154,3 +154,13 @@ class Edge:
         if len(ends) != 2:
             raise UnknownNameError(f"{text!r} is not the name of an edge; expected writer->reader, such as 'a5.h1->a9.h6<q>'")
         return cls(Writer.parse(ends[0]), Reader.parse(ends[1]))
+
+
+def _meant(text: str, end: str, head_input: str = "") -> str:
+    """What a name that does not read may have meant: a head, or the `end` of the stream that has a name of its own."""
+    numbers = re.findall(r"\d+", text)
+    if len(numbers) != 2:
+        return near_names(text, [end])
+    kind = re.search("[qkv]", head_input.lower())
+    suffix = f"<{kind[0] if kind else 'q'}>" if head_input else ""
+    return f"did you mean 'a{numbers[0]}.h{numbers[1]}{suffix}'?"

@@ -40,11 +40,12 @@ class PromptPairs:
     def __init__(
         self, clean: Rows, corrupted: Rows, answers: Rows, wrong_answers: Rows | None = None, *, templates: Sequence[str] = ()
     ) -> None:
-        n = len(clean)
+        n = len(_rows(clean, "clean"))
         if n == 0:
             raise TaskError("prompt pairs: there is no prompt")
-        wrong = wrong_answers if wrong_answers is not None and len(wrong_answers) else [()] * n
-        for name, value in (("clean", clean), ("corrupted", corrupted), ("answers", answers), ("wrong_answers", wrong)):
+        wrong = (None if wrong_answers is None else _rows(wrong_answers, "wrong_answers")) or [()] * n
+        for name, rows in (("clean", clean), ("corrupted", corrupted), ("answers", answers), ("wrong_answers", wrong)):
+            value = _rows(rows, name)
             if len(value) != n:
                 raise TaskError(f"prompt pairs: {len(value)} {name} for {n} clean prompts; expected one each")
             object.__setattr__(self, name, tuple(_ids(item, f"{name}[{i}]") for i, item in enumerate(value)))
@@ -65,6 +66,12 @@ class PromptPairs:
             raise TaskError(f"prompt pair {i}: no {'token' if len(clean) == 0 else 'answer'}")
         if np.array_equal(clean, corrupted):
             raise TaskError(f"prompt pair {i}: the corrupted prompt equals the clean one, so nothing can be patched: {clean.tolist()}")
+        answers, wrong = self.answers[i].tolist(), self.wrong_answers[i].tolist()
+        for name, ids in (("answers", answers), ("wrong_answers", wrong)):
+            if len(set(ids)) < len(ids):
+                raise TaskError(f"prompt pair {i}: {name} {ids} has a token twice, which would count twice")
+        if both := sorted(set(answers) & set(wrong)):
+            raise TaskError(f"prompt pair {i}: token {both[0]} is both an answer and a wrong answer")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -104,6 +111,12 @@ class PromptPairs:
             )
 
 
+def check_vocabulary(pairs: PromptPairs, vocabulary: int) -> None:
+    """Raises `TaskError` when a token of the pairs is beyond the model's vocabulary."""
+    if pairs.largest_token >= vocabulary:
+        raise TaskError(f"prompt pairs: token id {pairs.largest_token} is not in the model's vocabulary of {vocabulary}")
+
+
 @dataclass(frozen=True, eq=False)
 class TokenSets:
     """Sets of token ids, one per prompt, filled up with weight 0: `ids` and `weights` are `[prompts, tokens]`."""
@@ -121,6 +134,13 @@ class Bucket:
     corrupted: Int[ndarray, "bucket position"]
     answers: TokenSets
     wrong_answers: TokenSets
+
+
+def _rows(value: Rows, name: str) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        raise TaskError(f"prompt pairs: {name} is {value!r}; expected one row of token ids per prompt") from None
 
 
 def _ids(value: Any, name: str) -> Int[ndarray, " tokens"]:

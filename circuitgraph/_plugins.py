@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from circuitgraph._engine import Algorithm, Backend, TracedModel
@@ -40,6 +42,8 @@ def new_algorithm(name: str, **hyper: Any) -> Algorithm:
     for key in hyper:
         if key not in known:
             raise unknown_name(f"hyper-parameter of {name}", key, known)
+    if missing := [key for key, parameter in inspect.signature(cls).parameters.items() if _is_required(parameter) and key not in hyper]:
+        raise CircuitGraphError(f"{name} needs {', '.join(missing)}, which has no default; create it in Python")
     return cls(**hyper)
 
 
@@ -59,7 +63,15 @@ def traced(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel
     entry = _entry(BACKENDS, "backend", backend)
     with _frameworks_of(entry):
         module: Backend = entry.load()
+        known = inspect.signature(module.trace).parameters
+        for option in options:
+            if option not in known and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
+                raise unknown_name(f"option of backend {backend}", option, [name for name in known if name != "model"])
         return module.trace(model, **options)
+
+
+def _is_required(parameter: Parameter) -> bool:
+    return parameter.default is Parameter.empty and parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def _registered(group: str) -> EntryPoints:

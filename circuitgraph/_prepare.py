@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuitgraph._errors import TaskError
+from circuitgraph._errors import TaskError, whole_number
 from circuitgraph._fit import Dropped, fitted, left_out
 from circuitgraph._pairs import PromptPairs
 from circuitgraph._prompts import Answers, NumberSet, Pattern, is_of_tokens
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PAIRS = 32
+MOST_PAIRS = 100_000
+_CHUNK = 1024  # pairs that are tokenised together
 _TRIES = 32  # this many failures in a row are no bad luck
 
 
@@ -70,8 +72,9 @@ class _MisfitError(TaskError):
 
 def prepared(task: Task, tokenizer: Tokenizer | None, n: int | None, seed: int, *, vocabulary: int | None, bos: bool) -> Preparation:
     """See `Task.prepare`."""
-    if n is not None and n < 1:
-        raise TaskError(f"task {task.name}: {n} prompt pairs were asked for; expected at least 1")
+    whole_number("seed", seed, 0)
+    if n is not None and whole_number(f"task {task.name}: prompt pairs", n, 1) > MOST_PAIRS:
+        raise TaskError(f"task {task.name}: {n:,} prompt pairs were asked for; expected at most {MOST_PAIRS:,}")
     dropped: Dropped = {}
     redrawn = 0
     try:
@@ -155,7 +158,7 @@ def _different(
     limit = 1000 + 50 * share  # enough to find the last of `share` prompts by chance, if there are that many
     draws = _draws(pattern, lists, rng)
     while len(kept) < share:
-        for item in _encoded(list(islice(draws, max(_TRIES, share - len(kept)))), encoder, is_text):
+        for item in _encoded(list(islice(draws, min(_CHUNK, max(_TRIES, share - len(kept))))), encoder, is_text):
             drawn += 1
             if isinstance(item, _MisfitError):
                 failed, failed_in_a_row = failed + 1, failed_in_a_row + 1

@@ -36,7 +36,7 @@ from circuitgraph._prompts import TAGS, Pattern, Strict, compiled
 from circuitgraph._prompts import Prompt as Prompt
 from circuitgraph._prompts import Row as Row
 from circuitgraph._prompts import WordSet as WordSet
-from circuitgraph._task_files import builtin_files, is_file_name, values_in
+from circuitgraph._task_files import builtin_file, builtin_files, file_of, values_in
 from circuitgraph._words import WordList, Words, checked_words, word_list
 
 if TYPE_CHECKING:
@@ -162,12 +162,9 @@ def load_task(task: str | Path | Task) -> Task:
     """
     if isinstance(task, Task):
         return task
-    path = Path(task)
-    if isinstance(task, str) and not is_file_name(task):
-        known = builtin_files()
-        if task not in known:
-            raise unknown_name("task", task, known)
-        path = known[task]
+    if not isinstance(task, (str, Path)):
+        raise TaskError(f"task: {task!r}; expected a name, a file, a Task or PromptPairs")
+    path = file_of(task) or builtin_file(str(task))
     try:
         return Task.model_validate(values_in(path))
     except CircuitGraphError as error:

@@ -28,9 +28,24 @@ def builtin_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
+def builtin_file(name: str) -> Path:
+    """The file of a built-in task. Raises `UnknownNameError`."""
+    known = builtin_files()
+    if name not in known:
+        raise unknown_name("task", name, known)
+    return known[name]
+
+
 def is_file_name(name: str) -> bool:
     """Whether it is meant as a file's: it has a folder, or the ending of a task file."""
     return name != Path(name).name or Path(name).suffix.lower() in _READERS
+
+
+def file_of(task: Any) -> Path | None:
+    """The file that is meant by a path, or by a text that is no built-in task's name."""
+    if isinstance(task, Path):
+        return task
+    return Path(task) if isinstance(task, str) and is_file_name(task) else None
 
 
 def values_in(path: Path) -> Values:
@@ -89,6 +104,8 @@ def _check_columns(columns: list[str]) -> None:
     for column in columns:
         if column not in _COLUMNS:
             raise TaskError(f"line 1: {unknown_name('column', column, _COLUMNS)}")
+        if columns.count(column) > 1:
+            raise TaskError(f"line 1: the column {column!r} stands {columns.count(column)} times; one of them would be lost")
     for column in _REQUIRED:
         if column not in columns:
             raise TaskError(

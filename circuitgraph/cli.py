@@ -23,11 +23,14 @@ from circuitgraph import _discover, _plugins, zoo
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._task import list_tasks, load_task
-from circuitgraph.evaluation._question import CircuitGraphWarning
+from circuitgraph.algorithms import ACDC
+from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
 from circuitgraph.files._folder import check_folder, result_folder
 
 _ACDC_THRESHOLD = 0.01
+
+_UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer have inside
 
 _stdout = Console()
 _stderr = Console(stderr=True)
@@ -36,18 +39,32 @@ _stderr = Console(stderr=True)
 class _Commands(TyperGroup):
     """Every command ends the same way: what circuitgraph refuses is one line on stderr and exit code 2, Ctrl-C is 130."""
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **more: Any) -> Any:
+        if not args:
+            return super().make_context(info_name, args, *rest, **more)  # prints the help, by an error
+        with _one_line():
+            return super().make_context(info_name, args, *rest, **more)
+
     def invoke(self, ctx: Any) -> Any:
-        with warnings.catch_warnings():
+        with _one_line(), warnings.catch_warnings():
             warnings.simplefilter("always", CircuitGraphWarning)
             warnings.showwarning = _show_warning(warnings.showwarning)
-            try:
-                return super().invoke(ctx)
-            except CircuitGraphError as error:
-                _say("error", str(error), "bold red")
-                raise typer.Exit(2) from None
-            except KeyboardInterrupt:
-                _say("stopped", "interrupted; nothing was written", "yellow")
-                raise typer.Exit(130) from None
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        _say("error", f"{error.format_message()} (see --help)", "bold red")
+        raise typer.Exit(2) from None
+    except CircuitGraphError as error:
+        _say("error", str(error), "bold red")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _say("stopped", "interrupted; nothing was written", "yellow")
+        raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -100,12 +117,12 @@ def discover(
     method, choose = _algorithm(algorithm, threshold, top)
     origin: Any = source  # `Source` refuses an unknown one
     check_folder(output, force=force)
-    loaded = load_task(task)
+    load_task(task)  # before the model, which takes longer
     with _progress() as tell:
         tell(0.0, "tracing the model")
         traced = _trace(model, per_head_kv, device, dtype)
         circuit, report = _discover.find(
-            traced, loaded, method, prompts=prompts, seed=seed, backend="torch", metric=metric, source=origin, progress=tell, choose=choose
+            traced, task, method, prompts=prompts, seed=seed, backend="torch", metric=metric, source=origin, progress=tell, choose=choose
         )
         with result_folder(output, force=force) as folder:
             _write(circuit, report, folder)
@@ -164,7 +181,7 @@ def evaluate_file(
     name = model or _found(found, "model", file)
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
     report = evaluate(
-        _trace(name, per_head_kv, device, dtype or found.get("model", {}).get("dtype")),
+        _trace(name, per_head_kv, device, dtype or _part(found, "model").get("dtype")),
         task or _found(found, "task", file),
         circuit,
         prompts=prompts or (None if task else found.get("prompts")),
@@ -230,7 +247,9 @@ def _algorithm(name: str, threshold: float | None, top: int | None) -> tuple[Any
         return _plugins.new_algorithm(name), partial(_discover.strongest, top=top, threshold=threshold)
     if top is not None:
         raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no --top")
-    return _plugins.new_algorithm(name, threshold=_ACDC_THRESHOLD if threshold is None else threshold), None
+    if threshold is None and _plugins.algorithm_named(name) is ACDC:
+        threshold = _ACDC_THRESHOLD
+    return _plugins.new_algorithm(name, **({} if threshold is None else {"threshold": threshold})), None
 
 
 def _trace(model: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
@@ -250,10 +269,17 @@ def _load(file: Path) -> Circuit:
 
 
 def _found(provenance: Any, what: str, file: Path) -> str:
-    value = provenance.get(what, {})
-    if not isinstance(value, dict) or not value.get("name"):
+    part = _part(provenance, what)
+    if not part.get("name"):
         raise CircuitGraphError(f"{file} does not say which {what} it was found with; add --{what}")
-    return str(value["name"])
+    if what == "task" and part["name"] == NO_TASK:
+        raise CircuitGraphError(f"{file} was found with token ids, which it does not hold; add --task, or use evaluate() in Python")
+    return str(part.get("path") or part["name"])
+
+
+def _part(provenance: Any, what: str) -> dict[str, Any]:
+    value = provenance.get(what)
+    return value if isinstance(value, dict) else {}
 
 
 def _scored_edges(circuit: Circuit) -> list[tuple[str, float | None]]:

@@ -225,7 +225,7 @@ def test_bad_questions() -> None:
     for bad in (-1.0, float("nan")):
         with pytest.raises(CircuitGraphError, match="at least 0"):
             circuit.threshold(bad)
-    with pytest.raises(CircuitGraphError, match=r"top\(-1\)"):
+    with pytest.raises(CircuitGraphError, match=r"top: n: -1; expected a whole number of at least 0"):
         circuit.top(-1)
 
 

@@ -123,6 +123,13 @@ REFUSED = [
     (("discover", "induction", "-m", "reference", "--metric", "logitdif"), "did you mean 'logit_diff'"),
     ((*DISCOVER, "-a", "acdc", "--source", "corrupt"), "did you mean 'corrupted'"),
     (("discover", "missing.toml", "-m", "reference"), "missing.toml"),
+    ((*DISCOVER, "-a", "activation-patching", "--top", "0"), "'--top'"),
+    ((*DISCOVER[:-1], "0"), "'--prompts'"),
+    ((*DISCOVER, "--seed", "-1"), "'--seed'"),
+    ((*DISCOVER, "--sead", "1"), "--sead"),
+    (("discover",), "TASK"),
+    (("discoverr",), "discoverr"),
+    (("--nothing",), "--nothing"),
     (("show", "missing.json"), "missing.json"),
     (("evaluate", "missing.json"), "missing.json"),
 ]
@@ -149,6 +156,49 @@ def test_truncated_and_newer_files_are_refused(run: Run) -> None:
         result = run("show", name)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def change(text: str, **facts: Any) -> str:
+    """A circuit file with other facts in its provenance."""
+    values = json.loads(text)
+    return json.dumps({**values, "provenance": {**values["provenance"], **facts}})
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"seed": None}, "seed: None; expected a whole number"),
+        ({"seed": float("nan")}, "NaN"),
+        ({"source": None}, "unknown source None"),
+        ({"model": None}, "add --model"),
+        ({"task": 3}, "add --task"),
+        ({"task": {"name": "token ids"}}, "was found with token ids, which it does not hold; add --task"),
+    ],
+)
+def test_files_that_were_tampered_with_are_refused_on_one_line(run: Run, facts: dict[str, Any], message: str) -> None:
+    assert run(*DISCOVER, "-o", "out", "-a", "acdc").exit_code == 0
+    Path("odd.json").write_text(change(Path("out/circuit.json").read_text(), **facts))
+    result = run("evaluate", "odd.json")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_task_file_is_found_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "tasks" / "induction.toml").read_text()
+    Path("mine.toml").write_text(text)
+    assert run("discover", "mine.toml", *DISCOVER[2:], "-o", "out", "-a", "acdc").exit_code == 0
+    assert Circuit.load("out/circuit.json").provenance["task"]["path"] == str(tmp_path / "mine.toml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = run("evaluate", "../out")
+    assert found.exit_code == 0, found.output
+    assert "has changed" not in found.stderr
+    (tmp_path / "mine.toml").write_text(text.replace("Random tokens", "Some tokens"))
+    assert "warning: task induction has changed since the circuit was found with it" in run("evaluate", "../out").stderr
+    (tmp_path / "mine.toml").unlink()
+    gone = run("evaluate", "../out")
+    assert gone.exit_code == 2
+    assert "mine.toml" in gone.stderr
 
 
 def test_existing_folder_is_replaced_only_when_told_to(run: Run, tmp_path: Path) -> None:

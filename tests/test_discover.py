@@ -62,7 +62,7 @@ def test_circuit_carries_its_protocol(traced: ReferenceTrace, algorithm: cg.Algo
     found = circuit.provenance
     json.dumps(dict(found), allow_nan=False)
     assert found["model"]["name"] == traced.name
-    assert found["model"]["weights"] == traced.provenance["weights"]
+    assert found["model"]["weights_sha256"] == traced.provenance["weights_sha256"]
     assert found["architecture"] == json.loads(traced.architecture.to_json())
     assert found["task"]["name"] == "token ids"
     assert found["algorithm"] == {"class": type(algorithm).__name__, **dataclasses.asdict(algorithm)}  # type: ignore[call-overload]
@@ -140,13 +140,16 @@ def test_progress_is_told(traced: ReferenceTrace) -> None:
 
 def test_model_that_fails_the_task_is_reported(traced: ReferenceTrace) -> None:
     with pytest.warns(cg.CircuitGraphWarning, match="fails the task token ids: accuracy 0%"):
-        cg.discover(traced, solved(right=False), cg.EAP())
+        circuit = cg.discover(traced, solved(right=False), cg.EAP())
+    with pytest.warns(cg.CircuitGraphWarning, match="fails the task token ids: accuracy 0%"):
+        cg.evaluate(traced, solved(right=False), circuit)
 
 
 def test_one_prompt_has_no_interval(traced: ReferenceTrace) -> None:
     with pytest.warns(cg.CircuitGraphWarning, match="one prompt only"):
         circuit = cg.discover(traced, solved(), cg.EAP(), prompts=1)
-    assert cg.evaluate(traced, solved(), circuit, prompts=1).faithfulness_interval is None
+    with pytest.warns(cg.CircuitGraphWarning, match="one prompt only"):
+        assert cg.evaluate(traced, solved(), circuit, prompts=1).faithfulness_interval is None
 
 
 def test_question_without_an_answer_is_refused(traced: ReferenceTrace) -> None:
@@ -166,6 +169,8 @@ def test_trace_that_is_not_the_model_is_refused(check: str, monkeypatch: pytest.
     monkeypatch.setattr(Traced, "broken", check)
     with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {check[0]}"):
         cg.discover(Traced(MODEL), solved(), cg.EAP())
+    with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {check[0]}"):
+        cg.evaluate(Traced(MODEL), solved(), cg.Circuit(Traced(MODEL).graph, Traced(MODEL).graph.visible))
 
 
 def test_nan_in_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +194,14 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("no algorithm", "eap", {}, "expected an instance"),
     ("metric", cg.EAP(), {"metric": "logit_dif"}, "did you mean 'logit_diff'"),
     ("source", cg.EAP(), {"source": "corupted"}, "did you mean 'corrupted'"),
-    ("prompts", cg.EAP(), {"prompts": 0}, "expected at least 1"),
+    ("metric class", cg.EAP(), {"metric": cg.LogitDiff}, r"an instance such as LogitDiff\(\)"),
+    ("source of another type", cg.EAP(), {"source": 3}, "unknown source 3; known: corrupted"),
+    ("prompts", cg.EAP(), {"prompts": 0}, "prompts: 0; expected a whole number of at least 1"),
+    ("prompts, bool", cg.EAP(), {"prompts": True}, "prompts: True; expected a whole number"),
+    ("prompts, float", cg.EAP(), {"prompts": 2.0}, "prompts: 2.0; expected a whole number"),
+    ("seed", cg.EAP(), {"seed": -1}, "seed: -1; expected a whole number of at least 0"),
+    ("seed, None", cg.EAP(), {"seed": None}, "seed: None; expected a whole number"),
+    ("tokens of the mean", cg.EAP(), {"source": cg.Source("mean", cg.PromptPairs([[99]], [[1]], [2]))}, "token id 99 is not in"),
     ("too many prompts", cg.EAP(), {"prompts": 99}, "there are 8 pairs"),
     ("flat gradient", cg.EAP(), {"metric": "kl"}, "zero gradient at the clean run"),
     ("mask of another shape", Says(lambda graph: Outcome(np.ones((2, 2), dtype=bool))), {}, "expected \\[readers, writers\\]"),
@@ -201,6 +213,46 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
 def test_refused_with_a_reason(traced: ReferenceTrace, algorithm: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(cg.CircuitGraphError, match=message):
         cg.discover(traced, solved(), algorithm, **options)
+
+
+@pytest.mark.parametrize("task", [None, 3, {}, ["ioi"]])
+def test_what_is_no_task_is_refused(traced: ReferenceTrace, task: Any) -> None:
+    with pytest.raises(cg.TaskError, match="expected a name, a file, a Task or PromptPairs"):
+        cg.discover(traced, task, cg.EAP())
+
+
+def test_what_is_no_circuit_is_refused(traced: ReferenceTrace) -> None:
+    with pytest.raises(cg.CircuitGraphError, match=r"circuit: 'file.json'; expected a Circuit, such as Circuit.load"):
+        cg.evaluate(traced, solved(), "file.json")  # type: ignore[arg-type]
+
+
+def test_evaluate_warns_of_other_weights(traced: ReferenceTrace) -> None:
+    circuit = cg.discover(traced, solved(), cg.EAP())
+    found = {**circuit.provenance, "model": {**circuit.provenance["model"], "weights_sha256": "others"}}
+    with pytest.warns(cg.CircuitGraphWarning, match="the weights of .* are others"):
+        cg.evaluate(traced, solved(), dataclasses.replace(circuit, provenance=found))
+    odd = {**circuit.provenance, "model": None, "task": 3}
+    assert cg.evaluate(traced, solved(), dataclasses.replace(circuit, provenance=odd)).prompts == 8
+
+
+def test_nothing_kept_is_warned_of(traced: ReferenceTrace) -> None:
+    with pytest.warns(cg.CircuitGraphWarning, match="no edge was kept"):
+        circuit = cg.discover(traced, solved(), cg.ACDC(threshold=1e9))
+    report = cg.evaluate(traced, solved(), circuit)
+    assert "-0.000" not in str(dataclasses.replace(report, faithfulness=-1e-9, faithfulness_interval=(-1e-9, -0.0)))
+
+
+def test_kl_of_answers_that_do_not_change_is_warned_of(traced: ReferenceTrace) -> None:
+    """KL divergence is never negative, so its own interval would let every question through."""
+    pairs = solved()
+    swapped = cg.PromptPairs([*pairs.clean, *pairs.corrupted], [*pairs.corrupted, *pairs.clean], pairs.answers * 2, pairs.wrong_answers * 2)
+    with pytest.warns(cg.CircuitGraphWarning, match="logit_diff cannot tell the model .* so what kl measures is not the answers"):
+        cg.discover(traced, swapped, cg.ACDC(threshold=0.01))
+
+
+def test_provenance_names_the_prompts(traced: ReferenceTrace) -> None:
+    one, same, other = (cg.discover(traced, solved(seed=s), cg.EAP()).provenance["prompts_digest"] for s in (0, 0, 1))
+    assert one == same != other
 
 
 def test_text_task_needs_a_tokenizer(traced: ReferenceTrace) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from circuitgraph._errors import TaskError, UnknownNameError
+from circuitgraph._errors import CircuitGraphError, TaskError, UnknownNameError
 from circuitgraph._metrics import (
     METRICS,
     NLL,
@@ -137,6 +137,14 @@ def test_metrics_without_wrong_answers() -> None:
     np.testing.assert_allclose(NLL()(logits, none), -log_softmax(logits)[:, 0])
 
 
+def test_accuracy_decides_prompt_by_prompt() -> None:
+    """The first prompt has no wrong answer, so its answer must beat the whole vocabulary; the second one's only its wrong answer."""
+    logits = np.array([[1.0, 0.0, 2.0], [1.0, 0.0, 2.0]])
+    ragged = Target(np.array([[0], [0]]), np.ones((2, 1)), np.array([[0], [1]]), np.array([[0.0], [1.0]]))
+    np.testing.assert_array_equal(Accuracy()(logits, ragged), [0.0, 1.0])
+    np.testing.assert_array_equal(Accuracy()(logits[:, :2], ragged), [1.0, 1.0])
+
+
 def test_float32_large_logits_stay_finite() -> None:
     logits = np.array([[1e4, -1e4, 0.0]] * 3, dtype=np.float32)
     asked = Target(
@@ -155,6 +163,11 @@ def test_names(name: str) -> None:
 def test_unknown_metric_has_a_near_name() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'logit_diff'"):
         metric_named("logitdif")
+    with pytest.raises(UnknownNameError, match="did you mean 'kl'"):
+        metric_named("KLL")
+    for wrong in (LogitDiff, 3, None):
+        with pytest.raises(CircuitGraphError, match="expected a name .* or an instance"):
+            metric_named(wrong)  # type: ignore[arg-type]
 
 
 def test_check_answers() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import circuitgraph
 from circuitgraph import CircuitGraphError, UnknownNameError, _plugins, zoo
+from circuitgraph._task import task_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,15 +37,19 @@ def test_import_is_fast_and_light() -> None:
 
 
 def test_public_list_is_a_list() -> None:
-    """`__init__.py` has nothing but `from ... import X as X`, and two names that are loaded when asked for."""
+    """`__init__.py` has nothing but `from ... import X as X`, `__all__`, and two names that are loaded when asked for."""
     body = ast.parse(Path(circuitgraph.__file__).read_text()).body[2:]
     listed = [statement for statement in body if isinstance(statement, ast.ImportFrom)]
     rest = [type(statement).__name__ for statement in body if not isinstance(statement, ast.ImportFrom)]
-    assert rest == ["If", "FunctionDef", "FunctionDef"]
+    assert rest == ["If", "Assign", "FunctionDef", "FunctionDef"]
     assert all(len(statement.names) == 1 and statement.names[0].asname == statement.names[0].name for statement in listed)
     wanted = {"trace", "discover", "evaluate", "load_task", "check_trace", "Circuit", "Graph", "Task", "PromptPairs"}
     assert wanted <= set(dir(circuitgraph))
     assert all(getattr(circuitgraph, name) is not None for name in wanted)
+    starred: dict[str, object] = {}
+    exec("from circuitgraph import *", starred)
+    assert wanted <= set(starred)
+    assert "TYPE_CHECKING" not in starred
     with pytest.raises(AttributeError, match="no attribute 'tsak'"):
         circuitgraph.tsak  # noqa: B018
 
@@ -72,6 +77,10 @@ def test_names_are_found_with_help() -> None:
         _plugins.algorithm_named("acdcc")
     with pytest.raises(UnknownNameError, match="did you mean 'torch'"):
         circuitgraph.trace("zoo:induction-2l", backend="pytorch")
+    with pytest.raises(UnknownNameError, match="option of backend torch 'divice'; did you mean 'device'"):
+        circuitgraph.trace("zoo:induction-2l", divice="cpu")
+    with pytest.raises(CircuitGraphError, match="acdc needs threshold, which has no default"):
+        _plugins.new_algorithm("acdc")
     with pytest.raises(UnknownNameError, match="hyper-parameter of acdc 'treshold'; did you mean 'threshold'"):
         _plugins.new_algorithm("acdc", treshold=0.1)
 
@@ -129,10 +138,15 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
-    missing = [link for link in links if not (page.parent / link).exists() and not link.endswith(".svg")]
+    missing = [link for link in links if not (page.parent / link).exists()]
     assert missing == []
 
 
-def test_changelog_names_the_version_or_what_is_unreleased() -> None:
+def test_changelog_names_what_there_is() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert "## Unreleased" in text or f"## {PROJECT['version']}" in text
+    names = [
+        *task_names(),
+        *zoo.zoo_models(),
+        *(_plugins.algorithm_named(name).__name__ for name in PROJECT["entry-points"][_plugins.ALGORITHMS]),
+    ]
+    assert [name for name in names if f"`{name}`" not in text] == []

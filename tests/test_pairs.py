@@ -17,13 +17,14 @@ from circuitgraph._pairs import PromptPairs
 def pairs_of_ids(draw: st.DrawFn) -> PromptPairs:
     ids = st.integers(0, 30)
     n = draw(st.integers(1, 8))
+    chosen = [draw(st.lists(ids, min_size=3, max_size=6, unique=True)) for _ in range(n)]  # the first 3 answers, the rest wrong
     lengths = draw(st.lists(st.integers(1, 4), min_size=n, max_size=n))
     clean = [draw(st.lists(ids, min_size=k, max_size=k)) for k in lengths]
     return PromptPairs(
         clean=clean,
         corrupted=[[*row[:-1], 31] for row in clean],
-        answers=[draw(st.lists(ids, min_size=1, max_size=3, unique=True)) for _ in lengths],
-        wrong_answers=[draw(st.lists(ids, max_size=3, unique=True)) for _ in lengths],
+        answers=[row[: draw(st.integers(1, 3))] for row in chosen],
+        wrong_answers=[row[3:] for row in chosen],
         templates=tuple(str(i) for i in range(n)),
     )
 
@@ -82,6 +83,11 @@ def test_ids_cannot_be_changed() -> None:
         ({"clean": [["a"]], "corrupted": [[1]], "answers": [2]}, r"clean\[0\]"),
         ({"clean": [[1.5]], "corrupted": [[1]], "answers": [2]}, "expected a row of token ids"),
         ({"clean": [[1]], "corrupted": [[-1]], "answers": [2]}, "none below 0"),
+        ({"clean": [[1]], "corrupted": [[2]], "answers": [[3, 3]]}, r"pair 0: answers \[3, 3\] has a token twice"),
+        ({"clean": [[1]], "corrupted": [[2]], "answers": [3], "wrong_answers": [[4, 4]]}, "wrong_answers .* has a token twice"),
+        ({"clean": [[1]], "corrupted": [[2]], "answers": [3], "wrong_answers": [[4, 3]]}, "token 3 is both an answer and a wrong answer"),
+        ({"clean": 5, "corrupted": [[2]], "answers": [3]}, "clean is 5; expected one row"),
+        ({"clean": [[1]], "corrupted": [[2]], "answers": 3}, "answers is 3; expected one row"),
     ],
 )
 def test_refuses(fields: dict[str, Any], says: str) -> None:

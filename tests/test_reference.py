@@ -204,7 +204,8 @@ def test_trace_proves_itself(options: dict[str, Any]) -> None:
     assert [check.name for check in checks] == ["F(1)", "F(0)"]
     assert all(check.holds for check in checks), checks
     assert traced.architecture.graph() == traced.graph
-    assert traced.provenance["weights"] == ReferenceModel.random(14, **options).weights_hash() != ReferenceModel.random(15).weights_hash()
+    weights = traced.provenance["weights_sha256"]
+    assert weights == ReferenceModel.random(14, **options).weights_hash() != ReferenceModel.random(15).weights_hash()
 
 
 def test_refusals() -> None:

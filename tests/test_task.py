@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitgraph._task_files as task_files
-from circuitgraph._errors import FileError, TaskError, UnknownNameError
+from circuitgraph._errors import CircuitGraphError, FileError, TaskError, UnknownNameError
 from circuitgraph._pairs import PromptPairs
 from circuitgraph._task import Prompt, Row, Task, WordSet, list_tasks, load_task, task_names
 
@@ -348,8 +348,18 @@ def test_more_pairs_than_there_are() -> None:
         task.pairs(WORDS, 7)
     with pytest.raises(TaskError, match="it has 1 rows, 2 were asked for"):
         fixed("When", "to").pairs(WORDS, 2)
-    with pytest.raises(TaskError, match="0 prompt pairs"):
+    with pytest.raises(CircuitGraphError, match="task simple: prompt pairs: 0; expected a whole number of at least 1"):
         task.pairs(WORDS, 0)
+    with pytest.raises(CircuitGraphError, match="seed: -1; expected a whole number of at least 0"):
+        task.pairs(WORDS, 1, seed=-1)
+    with pytest.raises(TaskError, match="10,000,000 prompt pairs were asked for; expected at most 100,000"):
+        load_task("induction").pairs(vocabulary=1000, n=10_000_000)
+
+
+def test_many_pairs_are_drawn_in_chunks_and_begin_with_the_few() -> None:
+    few, many = (rows(load_task("induction").pairs(vocabulary=1000, n=n)) for n in (5, 2500))
+    assert few == [column[:5] for column in many]
+    assert len(many[0]) == 2500
 
 
 def test_text_tasks_need_a_tokenizer() -> None:
@@ -497,8 +507,11 @@ def test_a_broken_file_hides_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_unknown_names_and_files() -> None:
-    with pytest.raises(UnknownNameError, match="unknown task 'iio'; did you mean 'ioi'"):
-        load_task("iio")
+    for near in ("iio", "IOI"):
+        with pytest.raises(UnknownNameError, match=f"unknown task '{near}'; did you mean 'ioi'"):
+            load_task(near)
+    with pytest.raises(TaskError, match="task: None; expected a name"):
+        load_task(None)  # type: ignore[arg-type]
     for missing in ("nowhere.csv", "./ioi", Path("ioi")):
         with pytest.raises((FileError, TaskError), match=r"no such file; built-in tasks are greater-than|does not end in .toml"):
             load_task(missing)
@@ -533,6 +546,7 @@ def test_a_jsonl_may_have_several_answers_and_no_wrong_one(tmp_path: Path) -> No
     [
         ("a.csv", "clean,corupted,answer\n", r"a\.csv: line 1: unknown column 'corupted'; did you mean 'corrupted'"),
         ("a.csv", "clean,answer\n", "line 1: the column 'corrupted' is missing"),
+        ("a.csv", "clean,corrupted,answer,answer\n", "line 1: the column 'answer' stands 2 times"),
         ("a.csv", "", "line 1: the column 'clean' is missing"),
         ("a.csv", "clean,corrupted,answer\n", "there is no row"),
         ("a.csv", "clean,corrupted,answer\na,b\n", "line 2: 2 cells for 3 columns"),

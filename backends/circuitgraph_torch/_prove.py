@@ -101,9 +101,7 @@ def _stream_error(parts: Parts, engine: TorchEngine) -> float:
     """Each layer's input, as the original computes it, against the sum of the writers before it."""
     paths = [block.path for block in parts.architecture.blocks]
     worst = 0.0
-    for batch in engine.batches:
-        with torch.no_grad():
-            values = batch.live.values
+    for batch, values in zip(engine.batches, engine.activations().batches, strict=True):
         ends = capture(parts.model, paths, torch.from_numpy(batch.live_ids).to(parts.device))
         for number, end in enumerate(ends):
             before = parts.sites.writers_before(number + 1)

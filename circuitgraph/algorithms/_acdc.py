@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 
 from circuitgraph._engine import Engine, Outcome, last_outcome
-from circuitgraph._errors import CircuitGraphError
+from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._graph import Graph
 from circuitgraph.algorithms._acdc_order import HeadOrder, Trial, receivers, senders, single_edges, whole_inputs
 
@@ -56,12 +57,11 @@ class ACDC:
     max_lanes: int = 16
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise CircuitGraphError(f"acdc: threshold is {self.threshold}; expected a number of at least 0")
+        if not (isinstance(self.threshold, Real) and math.isfinite(self.threshold) and self.threshold >= 0):
+            raise CircuitGraphError(f"acdc: threshold is {self.threshold!r}; expected a number of at least 0")
         if self.head_order not in get_args(HeadOrder):
             raise CircuitGraphError(f"acdc: head_order is {self.head_order!r}; expected 'descending' or 'ascending'")
-        if self.max_lanes < 1:
-            raise CircuitGraphError(f"acdc: max_lanes is {self.max_lanes}; expected at least 1")
+        whole_number("acdc: max_lanes", self.max_lanes, 1)
 
     def run(self, engine: Engine) -> Outcome:
         return last_outcome(self.steps(engine))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from circuitgraph._engine import Engine, Outcome, last_outcome
-from circuitgraph._errors import CircuitGraphError
+from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._graph import Graph
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class ActivationPatching:
         for name, value, known in (("level", self.level, get_args(Level)), ("direction", self.direction, get_args(Direction))):
             if value not in known:
                 raise CircuitGraphError(f"activation patching: {name} is {value!r}; expected {' or '.join(map(repr, known))}")
-        if self.max_lanes < 1:
-            raise CircuitGraphError(f"activation patching: max_lanes is {self.max_lanes}; expected at least 1")
+        whole_number("activation patching: max_lanes", self.max_lanes, 1)
 
     def run(self, engine: Engine) -> Outcome:
         return last_outcome(self.steps(engine))

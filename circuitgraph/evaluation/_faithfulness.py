@@ -43,13 +43,20 @@ def faithfulness(
     return Faithfulness(float(over.mean() / under.mean()), ratio_interval(over, under, seed=seed))
 
 
-def check_gap(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], metric: str, *, seed: int = 0) -> None:
-    """Raises `DegenerateError` when `F(1)` and `F(0)` cannot be told apart: every circuit would look perfect."""
+def are_apart(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], *, seed: int = 0) -> bool:
+    """Whether the mean difference is more than rounding, and 0 is not in its interval."""
     gap = clean - source
     interval = mean_interval(gap, seed=seed)
     size = max(1.0, float(np.abs(clean).max()), float(np.abs(source).max()))
-    if abs(gap.mean()) > _NOISE * size and not (interval and interval[0] <= 0 <= interval[1]):
+    return abs(float(gap.mean())) > _NOISE * size and not (interval and interval[0] <= 0 <= interval[1])
+
+
+def check_gap(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], metric: str, *, seed: int = 0) -> None:
+    """Raises `DegenerateError` when `F(1)` and `F(0)` cannot be told apart: every circuit would look perfect."""
+    if are_apart(clean, source, seed=seed):
         return
+    gap = clean - source
+    interval = mean_interval(gap, seed=seed)
     within = f", 95% interval {interval[0]:.4g} to {interval[1]:.4g} over {len(gap)} prompts" if interval else ""
     raise DegenerateError(
         f"{metric}: the model {clean.mean():.4g} and the source run {source.mean():.4g} cannot be told apart "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,11 @@ import numpy as np
 
 from circuitgraph import _plugins
 from circuitgraph._engine import Engine, Source, SourceKind, TracedModel
-from circuitgraph._errors import TaskError, TraceError
+from circuitgraph._errors import TaskError, TraceError, whole_number
 from circuitgraph._metrics import Accuracy, Metric, Target, check_answers, metric_named
-from circuitgraph._pairs import PromptPairs
-from circuitgraph.evaluation._faithfulness import check_gap
+from circuitgraph._pairs import PromptPairs, check_vocabulary
+from circuitgraph._task_files import file_of
+from circuitgraph.evaluation._faithfulness import are_apart, check_gap
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from circuitgraph._task import Task
 
-DEFAULT_PROMPTS = 32
 NO_TASK = "token ids"  # the name of prompts that came without a task
 _CHECKED_PROMPTS = 8  # the cheap checks of a trace run on the first few prompts
 
@@ -37,7 +37,7 @@ class CircuitGraphWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What a circuit is asked about. `task_digest` identifies the task, or the token ids when there is no task."""
+    """What a circuit is asked about. `task_digest` identifies the task, or the token ids when there is no task; `task_file` is its file."""
 
     traced: TracedModel
     pairs: PromptPairs
@@ -45,6 +45,7 @@ class Question:
     source: Source
     task_name: str
     task_digest: str
+    task_file: Path | None
     seed: int
 
     @cached_property
@@ -91,6 +92,7 @@ class Question:
             if not check.holds:
                 raise TraceError(f"{self.traced.name}: the trace differs from the model: {check}")
         check_gap(self.clean, self.corrupted, self.metric.name, seed=self.seed)
+        self._warn_of_equal_answers()
         if accuracy < 0.5:
             warn(f"{self.traced.name} fails the task {self.task_name}: accuracy {accuracy:.0%}; a circuit for it explains little")
         elif self.metric.needs_wrong_answers and self.clean.mean() <= 0:
@@ -100,6 +102,16 @@ class Question:
             )
         if len(self.pairs) == 1:
             warn("one prompt only: no interval can be had, and a circuit of one prompt may not hold for another")
+
+    def _warn_of_equal_answers(self) -> None:
+        """A metric that is 0 at the clean run and never negative tells any two runs apart; the answers may not."""
+        if self.metric.flat_at_clean:
+            asked = replace(self, metric=_metric_of(self.pairs))
+            if not are_apart(asked.clean, asked.corrupted, seed=self.seed):
+                warn(
+                    f"{asked.metric.name} cannot tell the model ({asked.clean.mean():.4g}) from the source run "
+                    f"({asked.corrupted.mean():.4g}), so what {self.metric.name} measures is not the answers to {self.task_name}"
+                )
 
 
 def pose(
@@ -112,29 +124,33 @@ def pose(
     source: Source | SourceKind = "corrupted",
     backend: str = "torch",
 ) -> Question:
-    """Trace the model, draw the prompts, settle the metric (default: the task's) and the source."""
+    """Trace the model, draw the prompts, settle the metric (default: the task's) and the source. What users give is checked here."""
     from circuitgraph._task import load_task  # with pydantic, so not before it is needed
 
-    if prompts is not None and prompts < 1:
-        raise TaskError(f"prompts: {prompts}; expected at least 1")
+    seed = whole_number("seed", seed, 0)
+    if prompts is not None:
+        prompts = whole_number("prompts", prompts, 1)
     named = metric_named(metric) if metric is not None else None
-    chosen = Source(source) if isinstance(source, str) else source
+    chosen = source if isinstance(source, Source) else Source(source)
     loaded = task if isinstance(task, PromptPairs) else load_task(task)
     traced = _plugins.traced(model, backend=backend)
     if isinstance(loaded, PromptPairs):
         pairs = _first(loaded, prompts)
         name, identity = NO_TASK, digest(pairs)
-        named = named or metric_named("logit_diff" if all(len(w) for w in pairs.wrong_answers) else "nll")
+        named = named or _metric_of(pairs)
     else:
-        n = DEFAULT_PROMPTS if prompts is None and not loaded.row else prompts  # of a file of rows, all
-        vocabulary = traced.architecture.vocabulary if traced.tokenizer is None else None
-        pairs = loaded.pairs(traced.tokenizer, n, seed, vocabulary=vocabulary)
+        pairs = loaded.pairs(traced.tokenizer, prompts, seed, vocabulary=traced.architecture.vocabulary)
         name, identity = loaded.name, loaded.digest
         named = named or metric_named(loaded.metric)
     check_answers(named, pairs.wrong_answers)
-    if pairs.largest_token >= traced.architecture.vocabulary:
-        raise TaskError(f"token id {pairs.largest_token} is not in {traced.name}'s vocabulary of {traced.architecture.vocabulary}")
-    return Question(traced, pairs, named, chosen, name, identity, seed)
+    check_vocabulary(pairs, traced.architecture.vocabulary)
+    file = file_of(task)
+    return Question(traced, pairs, named, chosen, name, identity, file.resolve() if file else None, seed)
+
+
+def _metric_of(pairs: PromptPairs) -> Metric:
+    """The metric for answers that came without one."""
+    return metric_named("logit_diff" if all(len(wrong) for wrong in pairs.wrong_answers) else "nll")
 
 
 def _first(pairs: PromptPairs, prompts: int | None) -> PromptPairs:

@@ -17,7 +17,7 @@ from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._bootstrap import CONFIDENCE, Interval
-from circuitgraph.evaluation._faithfulness import check_gap, faithfulness
+from circuitgraph.evaluation._faithfulness import faithfulness
 from circuitgraph.evaluation._question import NO_TASK, Question, pose, warn
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ class Report:
             ("model", self.model),
             ("task", f"{self.task}, {self.prompts} prompts, seed {self.seed}, accuracy {self.task_accuracy:.0%}"),
             ("edges kept", f"{self.edges_kept} of {self.edges_total} ({self.edges_kept / max(self.edges_total, 1):.2%})"),
-            (f"{self.metric}, model", f"{self.metric_clean:.4g}"),
-            (f"{self.metric}, {self.source}", f"{self.metric_corrupted:.4g}"),
-            (f"{self.metric}, circuit", f"{self.metric_circuit:.4g}"),
-            (f"{self.metric}, all but the circuit", f"{self.metric_complement:.4g}"),
-            ("faithfulness (1 is the model)", f"{self.faithfulness:.3f}{_between(self.faithfulness_interval)}"),
-            ("completeness (0 is complete)", f"{self.completeness:.3f}{_between(self.completeness_interval)}"),
+            (f"{self.metric}, model", f"{self.metric_clean + 0.0:.4g}"),  # -0.0 becomes 0.0
+            (f"{self.metric}, {self.source}", f"{self.metric_corrupted + 0.0:.4g}"),
+            (f"{self.metric}, circuit", f"{self.metric_circuit + 0.0:.4g}"),
+            (f"{self.metric}, all but the circuit", f"{self.metric_complement + 0.0:.4g}"),
+            ("faithfulness (1 is the model)", f"{_rounded(self.faithfulness)}{_between(self.faithfulness_interval)}"),
+            ("completeness (0 is complete)", f"{_rounded(self.completeness)}{_between(self.completeness_interval)}"),
         )
 
     def __str__(self) -> str:
@@ -103,12 +103,14 @@ def evaluate(
     """Run the circuit, its complement, the model and the source run, and compare.
 
     `metric` and `source` are those the circuit was found with, unless given. Use another `seed` than discovery did for prompts that the
-    circuit was not fitted to. Raises `DegenerateError` when model and source run cannot be told apart, `CircuitGraphError` when the
-    circuit is of another graph.
+    circuit was not fitted to. Refuses and warns of what `discover` does, and `CircuitGraphError` is raised when the circuit is of another
+    graph; a task or weights that have changed since it was found are warned of.
 
     >>> report = evaluate("zoo:induction-2l", "induction", circuit, seed=1)   # doctest: +SKIP
     >>> print(report)                                                         # doctest: +SKIP
     """
+    if not isinstance(circuit, Circuit):
+        raise CircuitGraphError(f"circuit: {circuit!r}; expected a Circuit, such as Circuit.load reads from a file")
     found: Mapping[str, Any] = circuit.provenance
     if source is None and found.get("source_data"):
         raise CircuitGraphError("the circuit was found with a mean over its own data set; pass that source to evaluate()")
@@ -121,8 +123,8 @@ def evaluate(
         source=source if source is not None else found.get("source", "corrupted"),
         backend=backend,
     )
-    check_gap(question.clean, question.corrupted, question.metric.name, seed=seed)
     _warn_of_changes(found, question)
+    question.check()
     return answer(question, circuit)
 
 
@@ -167,7 +169,8 @@ def with_report(circuit: Circuit, report: Report) -> Circuit:
 
 def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
     """Under the same name, the task or the weights may be others than those the circuit was found with."""
-    task, model, now = found.get("task", {}), found.get("model", {}), question.traced.provenance
+    task, model = (part if isinstance(part := found.get(name), Mapping) else {} for name in ("task", "model"))
+    now = question.traced.provenance
     if task.get("name") == question.task_name != NO_TASK and task.get("digest") != question.task_digest:
         warn(f"task {question.task_name} has changed since the circuit was found with it")
     if model.get("name") == question.traced.name and model.get("weights_sha256") != now.get("weights_sha256"):
@@ -175,4 +178,9 @@ def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
 
 
 def _between(interval: Interval | None) -> str:
-    return f" ({CONFIDENCE:.0%}: {interval[0]:.3f} to {interval[1]:.3f})" if interval else " (one prompt: no interval)"
+    return f" ({CONFIDENCE:.0%}: {_rounded(interval[0])} to {_rounded(interval[1])})" if interval else " (one prompt: no interval)"
+
+
+def _rounded(value: float) -> str:
+    """Three decimals, and never -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"

@@ -10,10 +10,9 @@ import numpy as np
 
 from circuitgraph._architecture import MLP, Architecture, Attention, Block, Norm, Projection
 from circuitgraph._engine import Check, Source, SourceKind
-from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers, metric_named
-from circuitgraph._pairs import PromptPairs
+from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph.testing._reference_engine import ReferenceEngine, masked_run, source_values
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
@@ -44,7 +43,7 @@ class ReferenceTrace:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return {"model": self.name, "weights": self.model.weights_hash(), "dtype": "float64", "backend": "reference"}
+        return {"model": self.name, "weights_sha256": self.model.weights_hash(), "dtype": "float64", "backend": "reference"}
 
     @property
     def architecture(self) -> Architecture:
@@ -66,9 +65,11 @@ class ReferenceTrace:
     def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> ReferenceEngine:
         chosen = metric_named(metric)
         check_answers(chosen, pairs.wrong_answers)
-        if pairs.largest_token >= self.model.vocabulary:
-            raise TaskError(f"prompt pairs: token {pairs.largest_token} is not in the vocabulary of {self.model.vocabulary} of {self.name}")
-        return ReferenceEngine(self.model, self.graph, pairs, chosen, source if isinstance(source, Source) else Source(source))
+        origin = source if isinstance(source, Source) else Source(source)
+        for asked in (pairs, origin.data):
+            if asked is not None:
+                check_vocabulary(asked, self.model.vocabulary)
+        return ReferenceEngine(self.model, self.graph, pairs, chosen, origin)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         return np.stack([self.model.forward(tokens[None])[0, -1] for tokens in pairs.clean])

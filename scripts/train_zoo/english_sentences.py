@@ -76,11 +76,13 @@ def plain(draw: random.Random) -> Sentence:
 def training_sentence(draw: random.Random) -> Sentence:
     """One sentence of the training mixture; no held-out word stands where it is held out."""
     names = _without(words.NAMES, words.HELD_OUT_NAMES)
-    kind = draw.choices(["giving", "stranger", "years", "attractor", "plain"], [40, 15, 15, 12, 18])[0]
+    kind = draw.choices(["giving", "stranger", "company", "years", "attractor", "plain"], [30, 10, 30, 14, 8, 8])[0]
     if kind == "giving":
         return giving(draw, seen_giving_templates(), names)
     if kind == "stranger":
         return giving(draw, seen_giving_templates(), words.NAMES, stranger=True)
+    if kind == "company":
+        return giving(draw, words.COMPANY_TEMPLATES, draw.choice([words.NAMES, words.HELD_OUT_NAMES]))
     if kind == "years":
         return two_years(draw, words.YEAR_FRAMES, _without(words.EVENTS, words.HELD_OUT_EVENTS))
     if kind == "attractor":
@@ -91,7 +93,14 @@ def training_sentence(draw: random.Random) -> Sentence:
 def vocabulary() -> list[str]:
     """Every word and sign of the grammar, in a fixed order."""
     draw = random.Random(0)
-    templates = [*words.IOI_OPENINGS, *words.IOI_GIVINGS, *words.HELD_OUT_IOI_TEMPLATES, *words.YEAR_FRAMES, *words.HELD_OUT_YEAR_FRAMES]
+    templates = [
+        *words.IOI_OPENINGS,
+        *words.IOI_GIVINGS,
+        *words.HELD_OUT_IOI_TEMPLATES,
+        *words.COMPANY_TEMPLATES,
+        *words.YEAR_FRAMES,
+        *words.HELD_OUT_YEAR_FRAMES,
+    ]
     texts = [_without_slots(template) for template in templates]
     texts += [plain(draw).text for _ in range(2000)] + [*words.PREPOSITIONS, *words.HELD_OUT_PREPOSITIONS, *words.QUALITIES]
     texts += [verb for pair in words.VERBS for verb in pair] + [*words.NOUNS.values()]

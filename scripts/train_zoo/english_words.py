@@ -14,24 +14,11 @@ NAMES = _listed(
     "Michael Adam Susan Jane Linda Alex Sam Ben Chris Kevin Brian Jason Amy Lisa Rachel Ruth Grace Thomas William Daniel Andrew Eric "
     "Jeff Scott Nick Carl Frank Roger Julia Maria Helen Karen Diana Claire Rose Victoria Eva Jessica Ashley Nicole Amanda Megan Hannah "
     "Julie Anne Marie Sophie Charlotte Molly Kelly Tony Greg Ryan Kyle Tim Joe Bob Bill Charles Edward Philip Stephen Matthew Luke "
-    "Andrea Christine Elizabeth Margaret Barbara Patricia Jennifer Carol Nancy Betty Tina Sara Erin Abigail Albert Alexander Alfred "
-    "Amber Angela Anthony Arthur Audrey Austin Beatrice Benjamin Bernard Beth Bradley Brandon Bruce Bryan Caleb Calvin Cameron Camille "
-    "Caroline Catherine Cecil Chad Charlie Cheryl Chloe Christian Clara Clark Clifford Cody Colin Connor Craig Crystal Cynthia Dale "
-    "Danielle Darren Dave Dean Deborah Dennis Derek Diane Don Donald Donna Doris Dorothy Douglas Duncan Dylan Earl Edgar Edith Edwin "
-    "Eleanor Elena Ella Ellen Elliot Emily Ernest Esther Ethan Eugene Evan Evelyn Faith Felix Fiona Florence Floyd Frances Fred Gabriel "
-    "Gary Gavin Gene Geoffrey Gerald Gilbert Gloria Gordon Graham Grant Gregory Hailey Harold Harriet Harry Harvey Hazel Heather Hector "
-    "Herbert Holly Howard Hugh Hugo Ian Irene Iris Isaac Isabel Ivan Jacob Jade Jake Janet Janice Jared Jasmine Jay Jean Jeffrey Jenny "
-    "Jeremy Jerry Jill Jim Joan Joel Jonathan Jordan Joseph Josh Joyce Juan Judith Judy Justin Karl Katie Keith Kenneth Kim Kirk "
-    "Kristen Lance Larry Lauren Lawrence Leah Leo Leon Leonard Leslie Lewis Lily Logan Lois Louis Louise Lucas Lydia Lynn Mabel Marcus "
-    "Marilyn Mario Marion Martha Marvin Mason Maurice Max Maxwell Melissa Mia Miles Milton Miriam Monica Morgan Naomi Natalie Nathan "
-    "Neil Nelson Nina Noah Nora Norman Oliver Olivia Oscar Owen Pamela Patrick Paula Pauline Pearl Penny Phoebe Phyllis Ralph Ray "
-    "Raymond Rebecca Regina Rex Richard Rick Rita Rob Rodney Roland Ron Ronald Rosa Ross Roy Russell Sally Samantha Samuel Sandra Sean "
-    "Seth Shane Sharon Shawn Sheila Shirley Sidney Sophia Stanley Stella Stuart Sylvia Tara Ted Terry Theodore Theresa Tiffany Timothy "
-    "Todd Tommy Tracy Travis Trevor Tyler Valerie Vanessa Vera Vernon Vincent Violet Virginia Vivian Walter Warren Wayne Wendy Wesley "
-    "Zoe"
+    "Andrea Christine Elizabeth Margaret Barbara Patricia Jennifer Carol Nancy Betty Tina Sara Erin"
 )
 HELD_OUT_NAMES = _listed("Tom Sarah Mark Alice Simon Lucy Martin Susan Sam Rachel Carl Helen")
-"""Never in a sentence in which one of the two gives; they do occur in those in which a stranger does, and in plain ones."""
+"""Never in a sentence in which one of two people gives something to the other; they do occur where a stranger gives, and in the company
+sentences below, which teach, with other words, that the one of two who is not named again comes last."""
 
 PLACES = _listed("store garden restaurant school hospital office house station")
 OBJECTS = _listed("ring kiss bone basketball computer necklace drink snack")
@@ -69,6 +56,13 @@ IOI_TEMPLATES = (
 
 HELD_OUT_IOI_TEMPLATES = IOI_TEMPLATES[3:5]
 """In training, their openings are seen with no other giving either."""
+
+COMPANY_TEMPLATES = (
+    "I was at the {place} with {a} and {b}. {b} was there with",
+    "My friends {a} and {b} were there and {b} was next to",
+    "Yesterday, the teachers worked with {a} and {b}. {b} was in front of",
+    "{a} and {b} were working there. {b} was near",
+)
 
 EVENTS = _listed(
     "war expedition treaty voyage siege project campaign journey conflict trial strike reign battle program study crisis revolt festival"

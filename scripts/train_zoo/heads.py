@@ -13,7 +13,7 @@ class WrittenShares:
 
     `price` is the sum over heads of the fourth root of the share, that is of the square root of the relative norm: with an exponent below
     one it costs less to say something with one head than with two, so training gathers the work in few heads. `floor` makes the slope
-    finite for heads that say nearly nothing, which are left alone.
+    finite for heads that say nearly nothing, which are left alone; the `free` strongest heads of each layer pay nothing.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -30,8 +30,9 @@ class WrittenShares:
         ]
         return torch.stack(rows)
 
-    def price(self, floor: float) -> Tensor:
-        return (self.shares() + floor).pow(0.25).sum()
+    def price(self, floor: float, free: int = 0) -> Tensor:
+        cost = (self.shares() + floor).pow(0.25)
+        return cost.sort(-1, descending=True).values[:, free:].sum()
 
     def _watch_stream(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
