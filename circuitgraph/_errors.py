@@ -35,7 +35,7 @@ class UnknownNameError(CircuitGraphError):
 def unknown_name(kind: str, name: Any, known: Iterable[str]) -> UnknownNameError:
     """The error for a name that nothing has, with the nearest names that something has.
 
-    >>> print(unknown_name("task", "iio", ["ioi", "induction"]))
+    >>> print(unknown_name("task", "iio", ["ioi", "greater-than"]))
     unknown task 'iio'; did you mean 'ioi'?
     """
     names = sorted(known)
@@ -49,7 +49,7 @@ def unknown_name(kind: str, name: Any, known: Iterable[str]) -> UnknownNameError
 def near_names(name: str, known: Iterable[str]) -> str:
     """The question whether one of the nearest names was meant, or nothing where none is near. Upper and lower case are the same.
 
-    >>> near_names("IIO", ["ioi", "induction"])
+    >>> near_names("IIO", ["ioi", "greater-than"])
     "did you mean 'ioi'?"
     """
     spelled = {n.lower(): n for n in sorted(known)}

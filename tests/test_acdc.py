@@ -253,6 +253,7 @@ def test_bad_settings_are_named() -> None:
     for options, message in (
         ({"threshold": -0.1}, "threshold"),
         ({"threshold": math.nan}, "threshold"),
+        ({"threshold": "a"}, "threshold is 'a'"),
         ({"threshold": 0.1, "head_order": "up"}, "head_order"),
         ({"threshold": 0.1, "max_lanes": 0}, "max_lanes"),
     ):

@@ -225,8 +225,9 @@ def test_bad_questions() -> None:
     for bad in (-1.0, float("nan")):
         with pytest.raises(CircuitGraphError, match="at least 0"):
             circuit.threshold(bad)
-    with pytest.raises(CircuitGraphError, match=r"top: n: -1; expected a whole number of at least 0"):
-        circuit.top(-1)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(CircuitGraphError, match=f"top: n: {wrong}; expected a whole number of at least 0"):
+            circuit.top(wrong)  # type: ignore[arg-type]
 
 
 def test_importing_it_is_quick() -> None:

@@ -168,7 +168,7 @@ def change(text: str, **facts: Any) -> str:
     ("facts", "message"),
     [
         ({"seed": None}, "seed: None; expected a whole number"),
-        ({"seed": float("nan")}, "NaN"),
+        ({"seed": float("nan")}, "seed: None; expected a whole number"),
         ({"source": None}, "unknown source None"),
         ({"model": None}, "add --model"),
         ({"task": 3}, "add --task"),

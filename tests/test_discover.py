@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from toy_tasks import Greedy
 
 import circuitgraph as cg
 from circuitgraph._engine import Engine, Outcome
 from circuitgraph.evaluation import faithfulness
 from circuitgraph.evaluation._bootstrap import mean_interval, ratio_interval
+from circuitgraph.evaluation._question import pose
 from circuitgraph.testing import ReferenceModel, ReferenceTrace
 
 MODEL = ReferenceModel.random(seed=0, n_layers=2)
@@ -264,6 +266,13 @@ def test_token_outside_the_vocabulary_is_refused(traced: ReferenceTrace) -> None
     pairs = cg.PromptPairs([[0, 1]], [[0, 2]], [MODEL.vocabulary], [1])
     with pytest.raises(cg.TaskError, match=f"token id {MODEL.vocabulary}"):
         cg.discover(traced, pairs, cg.EAP())
+
+
+def test_tokens_are_drawn_from_the_vocabulary_even_if_the_tokenizer_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Traced, "tokenizer", Greedy())
+    model = Traced(ReferenceModel.random(seed=0, n_layers=1, vocabulary=24))
+    question = pose(model, "induction", prompts=20)
+    assert len(model.tokenizer or "") > 24 > question.pairs.largest_token
 
 
 def test_circuit_of_another_graph_is_refused(traced: ReferenceTrace) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import circuitgraph
-from circuitgraph import CircuitGraphError, UnknownNameError, _plugins, zoo
+from circuitgraph import CircuitGraphError, Reader, UnknownNameError, Writer, _plugins, zoo
 from circuitgraph._task import task_names
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +88,22 @@ def test_names_are_found_with_help() -> None:
         _plugins.new_algorithm("acdc", treshold=0.1)
 
 
+@pytest.mark.parametrize(
+    ("end", "text", "meant"),
+    [
+        (Writer, "inputs", "input"),
+        (Writer, "L1H1", "a1.h1"),
+        (Writer, "a9.g2", "a9.h2"),
+        (Reader, "Logit", "logits"),
+        (Reader, "a1h1", "a1.h1<q>"),
+        (Reader, "a1h1.K", "a1.h1<k>"),
+    ],
+)
+def test_names_of_edges_are_found_with_help(end: type[Writer | Reader], text: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"did you mean '{meant}'"):
+        end.parse(text)
+
+
 def test_missing_framework_gives_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "backend_of_the_future.py").write_text("import framework_of_the_future")
     monkeypatch.syspath_prepend(tmp_path)
@@ -105,6 +124,14 @@ def test_zoo_lists_what_it_has() -> None:
         assert zoo.about(folder)
     with pytest.raises(UnknownNameError, match="did you mean 'zoo:induction-2l'"):
         zoo.zoo_path("zoo:induction")
+
+
+MODULES = [module.name for module in pkgutil.walk_packages(circuitgraph.__path__, "circuitgraph.")]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ">>> " in inspect.getsource(importlib.import_module(name))])
+def test_examples_in_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def python_blocks() -> list[tuple[str, int, str]]:
