@@ -234,8 +234,9 @@ def tasks(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: circuitgraph models")
 def models(as_json: AsJson = False) -> None:
-    """List the bundled models. Any decoder of Hugging Face can be named as well."""
+    """List the bundled models, and those that come as a package. Any decoder of Hugging Face can be named as well."""
     rows = [{"name": name, "about": zoo.about(folder)} for name, folder in zoo.zoo_models().items()]
+    rows += [{"name": name, "about": about} for name, about in zoo.PACKAGED.items()]
     _print_json(rows) if as_json else _print_rows(rows)
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 
 from circuitgraph._errors import TraceError, UnknownNameError, near_names
+from circuitgraph.zoo import PACKAGED, PREFIX, zoo_models, zoo_path
 from circuitgraph_torch._gguf import converted, smollm2_file
 from circuitgraph_torch._window import unwrap
-
-_SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ def _load_named(name: str) -> Loaded:
         reason = str(error).strip().splitlines()[0]
         if isinstance(folder, Path):
             raise TraceError(f"model {name!r} cannot be loaded from {folder}: {reason}") from error
-        hint = near_names(name, _bundled())
+        hint = near_names(name, [*PACKAGED, *zoo_models()])
         raise UnknownNameError(
             f"unknown model {name!r}; {hint or 'it is no folder, no GGUF file, no bundled model (see `circuitgraph models`)'}; the hub "
             f"did not give it either ({reason})"
@@ -64,11 +63,9 @@ def _load_named(name: str) -> Loaded:
 
 def _folder(name: str) -> Path | str:
     """The folder or GGUF file that a name stands for, or the name itself if only the hub may know it."""
-    if name.startswith("zoo:"):
-        from circuitgraph.zoo import zoo_path
-
+    if name.startswith(PREFIX):
         return zoo_path(name)
-    if name.lower() in ("smollm2", _SMOLLM2):
+    if name.lower() in PACKAGED:
         return smollm2_file()
     path = Path(name).expanduser()
     if name and path.exists():
@@ -76,12 +73,6 @@ def _folder(name: str) -> Path | str:
     if path.suffix == ".gguf" or not name or name.startswith((".", "/", "~")):
         raise UnknownNameError(f"model {name!r}: there is no such {'GGUF file' if path.suffix == '.gguf' else 'folder'}")
     return name
-
-
-def _bundled() -> list[str]:
-    from circuitgraph.zoo import zoo_models
-
-    return [_SMOLLM2, *zoo_models()]
 
 
 def _from_pretrained(folder: Path | str, name: str) -> Loaded:

