@@ -45,7 +45,8 @@ def patched_by_hand(traced: Any, pairs: circuitgraph.PromptPairs, layer: int, he
         with torch.no_grad():
             last = model(clean).logits[0, -1]
         handle.remove()
-        values.append(float(last[pairs.answers[i]].mean() - last[pairs.wrong_answers[i]].mean()))
+        right, wrong = (last[sets[i].tolist()].mean() for sets in (pairs.answers, pairs.wrong_answers))
+        values.append(float(right - wrong))
     return float(np.mean(values))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -36,9 +36,15 @@ class Parts:
     architecture: Architecture
     joints: ModelJoints
     sites: Sites
+    _calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
 
     def calls(self, length: int) -> list[AttentionCall]:
-        """The arguments of every layer's attention on prompts of this length (a stand-in where a layer has none)."""
+        """The arguments of every layer's attention on prompts of this length (a stand-in where a layer has none); seen once."""
+        if length not in self._calls:
+            self._calls[length] = self._observed_calls(length)
+        return self._calls[length]
+
+    def _observed_calls(self, length: int) -> list[AttentionCall]:
         paths = [b.attention.path for b in self.architecture.blocks if b.attention]
         found = iter(attention_calls(self.model, paths, length, self.device) if paths else [])
         nothing = AttentionCall((), {}, torch.empty(0))
