@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,9 @@ def test_a_report_goes_through_json_and_into_a_page(tmp_path: Path, capsys: pyte
     assert page.endswith(" after")
     with pytest.raises(ValueError, match="has no"):
         everything.with_tables("no marks", [report])
+    elsewhere = dataclasses.replace(report, machine={**report.machine, "CPU": "another"})
+    with pytest.raises(ValueError, match="different machines"):
+        everything.write_pages([report, elsewhere])
 
 
 def test_the_documentation_shows_the_results() -> None:

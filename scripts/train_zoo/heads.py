@@ -14,10 +14,11 @@ class WrittenShares:
     `price` is the sum over heads of the fourth root of the share, that is of the square root of the relative norm: with an exponent below
     one it costs less to say something with one head than with two, so training gathers the work in few heads. `floor` makes the slope
     finite for heads that say nearly nothing, which are left alone; the `free` strongest heads of each layer pay nothing. No gradient goes
-    to the stream, or the model would make its stream large in place of making its heads few.
+    to a fixed stream: a model with MLPs would otherwise make its stream large in place of making its heads few.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, *, is_stream_fixed: bool = False) -> None:
+        self._is_stream_fixed = is_stream_fixed
         self._streams: dict[int, Tensor] = {}
         self._written: dict[int, Tensor] = {}
         for index, layer in enumerate(model.model.layers):
@@ -33,11 +34,11 @@ class WrittenShares:
 
     def price(self, floor: float, free: int = 0) -> Tensor:
         cost = (self.shares() + floor).pow(0.25)
-        return cost.sort(-1, descending=True).values[:, free:].sum()
+        return (cost.sort(-1, descending=True).values[:, free:] if free else cost).sum()
 
     def _watch_stream(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._streams[index] = inputs[0].detach()
+            self._streams[index] = inputs[0].detach() if self._is_stream_fixed else inputs[0]
 
         return hook
 

@@ -3,9 +3,9 @@
     python -m scripts.train_zoo.induction_2l --seed 0 --output circuitgraph/zoo/induction-2l
 
 One head of layer 0 moves each token's predecessor to it, and a head of layer 1 finds the place that follows the last occurrence of the
-current token (Elhage et al. 2021; Olsson et al. 2022). Three things make one head a layer carry this: a price on what each head but the
-strongest of its layer writes (`WrittenShares.price`), weight decay on the matching weights of layer 1 only, so that they need clean keys,
-and rotary positions with short wavelengths, with which one head can look at the previous token alone.
+current token (Elhage et al. 2021; Olsson et al. 2022). Three things make one head a layer carry this: a price on what each head writes
+(`WrittenShares.price`), weight decay on the matching weights of layer 1 only, so that they need clean keys, and rotary positions with
+short wavelengths, with which one head can look at the previous token alone. The price is lifted for the last third of the training.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Settings:
     first_half_weight: float = 0.1
     price: float = 0.1
     price_floor: float = 1e-3
-    free_heads: int = 1
+    price_lifted_after: float = 0.7
     rope_theta: float = 100.0
 
 
@@ -112,8 +112,8 @@ def train(settings: Settings) -> LlamaForCausalLM:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 50, max(0.02, (1 - done) / 0.4))
         tokens, is_known = training_batch(settings)
         loss = loss_of(model(tokens).logits, tokens, is_known, settings.first_half_weight)
-        price = settings.price * min(1.0, done / 0.3)
-        (loss + price * watched.price(settings.price_floor, settings.free_heads)).backward()
+        price = settings.price * min(1.0, done / 0.3) if done < settings.price_lifted_after else 0.0
+        (loss + price * watched.price(settings.price_floor)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

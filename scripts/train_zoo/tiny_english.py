@@ -2,9 +2,9 @@
 
     python -m scripts.train_zoo.tiny_english --seed 0 --output circuitgraph/zoo/tiny-english
 
-The sentences are those of `english_sentences.py`; the loss is that of a language model, with the answer's token weighted up. A price on
-what each head writes (`WrittenShares.price`), highest in layer 0 and lifted for the last part, keeps names from being collected at once:
-without it layer 0 does everything and layers 1 and 2 fall silent. Embeddings are tied, so that what copies one name copies any.
+The sentences are those of `english_sentences.py`; the loss is that of a language model, with the answer's token weighted up. From a fifth
+to three quarters of the training there is a price on what all but the two strongest heads of each layer write (`WrittenShares.price`).
+Embeddings are tied, so that what copies one name copies any.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     torch.manual_seed(settings.seed)
     corpus = corpus_of([training_sentence(draw) for _ in range(settings.sentences)], tokenizer)
     model = new_model(tokenizer)
-    watched = WrittenShares(model)
+    watched = WrittenShares(model, is_stream_fixed=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
     for step in range(settings.steps):
         done = step / settings.steps

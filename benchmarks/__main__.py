@@ -1,0 +1,92 @@
+"""Run the benchmarks and write `benchmarks/RESULTS.md` and the tables of `docs/explanation/figures.md`.
+
+    python -m benchmarks                  all of them
+    python -m benchmarks eap-2-threads    this one again, beside what the others gave last time on this machine
+
+Each script runs in a process of its own and leaves its numbers in `benchmarks/results/`. If one fails, no page is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.subjects import ROOT
+from benchmarks.tables import Report
+from circuitgraph.files._atomic import write_bytes
+
+NUMBERS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+PAGE = ROOT / "docs" / "explanation" / "figures.md"
+START, END = "<!-- results: written by `make bench` -->", "<!-- end of results -->"
+SCRIPTS = {
+    "trace-proof": ["trace_proof"],
+    "eap-1-thread": ["eap", "--threads", "1"],
+    "eap-2-threads": ["eap", "--threads", "2", "--models", "gpt2-size"],
+    "startup": ["startup"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(SCRIPTS)}")
+    names = parser.parse_args().names or [*SCRIPTS]
+    if unknown := set(names) - set(SCRIPTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(SCRIPTS)}")
+    NUMBERS.mkdir(exist_ok=True)
+    for name in names:
+        run(NUMBERS / f"{name}.json", *SCRIPTS[name])
+    write_pages([Report.from_json((NUMBERS / f"{name}.json").read_text()) for name in SCRIPTS])
+
+
+def run(file: Path, script: str, *arguments: str) -> None:
+    """Run one script; what it prints goes through."""
+    print(f"python -m benchmarks.{script} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{script}", *arguments, "--json", str(file)], cwd=ROOT, check=True)
+
+
+def write_pages(reports: Sequence[Report]) -> None:
+    """Raises `ValueError` for reports from different machines, which no page may mix."""
+    if any(report.machine != reports[0].machine for report in reports):
+        raise ValueError(f"{NUMBERS} has reports of different machines or versions; run all: python -m benchmarks")
+    page = with_tables(PAGE.read_text(), reports)
+    write_bytes(RESULTS, results(reports).encode())
+    write_bytes(PAGE, page.encode())
+    print(f"wrote {RESULTS.relative_to(ROOT)} and the tables of {PAGE.relative_to(ROOT)}")
+
+
+def results(reports: Sequence[Report]) -> str:
+    """RESULTS.md: the machine, then every table with its command and how busy the machine was."""
+    machine = [f"| {name} | {value} |" for name, value in reports[0].machine.items()]
+    head = [
+        "# Results",
+        "",
+        "Written by `make bench`; every number in the documentation comes from here.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *machine,
+    ]
+    return "\n".join([*head, "", tables(reports)])
+
+
+def tables(reports: Sequence[Report]) -> str:
+    return "\n".join(
+        f"{report.table.markdown()}\n`{report.command}`, {report.date}. The machine meanwhile: {report.load}.\n" for report in reports
+    )
+
+
+def with_tables(page: str, reports: Sequence[Report]) -> str:
+    """The page with everything between its two marks replaced. Raises `ValueError` where it has no marks."""
+    before, _, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"the page has no {START} ... {END}")
+    return f"{before}{START}\n\n{tables(reports)}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    main()
