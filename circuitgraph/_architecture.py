@@ -6,6 +6,9 @@ Paths are those of `torch.nn.Module.get_submodule`. A block adds its attention a
     stream += mlp.scale       * post_norm(modules(norm(stream)))
 
 and the logits are `softcap(logit_scale * unembedding(final_norm(stream)))`.
+
+A backend that runs the model's own code (PyTorch) needs this wiring only. One that builds the model anew (JAX) also needs to know what
+happens inside an attention module, its `AttentionPattern`, and inside an MLP, its `FeedForward`.
 """
 
 from __future__ import annotations
@@ -52,6 +55,35 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding (Su et al. 2021) of the first `2 * len(frequencies)` features of a query or key.
+
+    At position `p`, pair `i` is turned by `p * frequencies[i]` radians and stretched by `scale` (YaRN). Pair `i` holds the features `i` and
+    `i + len(frequencies)` ("halves") or `2i` and `2i + 1` ("interleaved").
+    """
+
+    frequencies: tuple[float, ...]
+    pairs: Literal["halves", "interleaved"] = "halves"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Where a head looks: `softmax(softcap(scale * q @ k))` over the last `window` positions, its own included (`None`: all of them).
+
+    Before that, queries and keys pass `q_norm` and `k_norm`, then `rotary`. Such a norm is over one head if its weight is `[head_dim]` or
+    `[heads, head_dim]`, over all heads at once if it is `[heads * head_dim]`.
+    """
+
+    scale: float
+    rotary: Rotary | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class Attention:
     """An attention module; `o` is its output projection. `couples_heads`: a norm over all heads' queries or keys."""
 
@@ -64,6 +96,21 @@ class Attention:
     post_norm: Norm | None = None
     scale: float = 1.0
     couples_heads: bool = False
+    pattern: AttentionPattern | None = None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Inside an MLP: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
+
+    `up` and `gate` have one "head", the whole width; they may be two parts of one module. `gelu` is the exact one, `gelu_tanh` its usual
+    approximation (`gelu_new`, `gelu_pytorch_tanh`), `relu2` the square of `relu`.
+    """
+
+    up: Projection
+    down: str
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
+    gate: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +121,7 @@ class MLP:
     norm: Norm | None
     post_norm: Norm | None = None
     scale: float = 1.0
+    feed_forward: FeedForward | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +140,8 @@ class Architecture:
 
     `embedding` is the token embedding; `embedding_scale` multiplies the rows of its weight (a module that scales by itself, as Gemma's, is
     not to be scaled again); `positions` is the module of learned absolute positions, if any; `embedding_norm` normalises their sum (Bloom).
-    `notes` records what the finder had to decide on the way.
+    `notes` records what the finder had to decide on the way. For backends that build the model anew: `first_position` is the row of the
+    first token's position (2 in OPT), `is_transposed` says that the weights of linear modules lie `[in, out]`, as in GPT-2.
     """
 
     family: str
@@ -108,6 +157,8 @@ class Architecture:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     notes: tuple[str, ...] = ()
+    first_position: int = 0
+    is_transposed: bool = False
 
     def graph(self, *, per_head_kv: bool = False) -> Graph:
         """The writers and readers of this wiring. `per_head_kv` gives every head its own `k` and `v` reader."""
