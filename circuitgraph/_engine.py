@@ -183,6 +183,17 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
     return deque(steps, maxlen=1)[0]
 
 
+def checked_mask(mask: Any, shape: tuple[int, ...]) -> Float[ndarray, ...]:
+    """A mask, or a stack of them if `shape` has three axes (its first counts for nothing). Raises `CircuitGraphError`."""
+    checked = np.asarray(mask)
+    if checked.ndim != len(shape) or checked.shape[-2:] != shape[-2:]:
+        wanted = "[lanes, readers, writers]" if len(shape) == 3 else "[readers, writers]"
+        raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {shape[-2:]} readers and writers")
+    if not np.isfinite(checked).all():
+        raise CircuitGraphError("mask: it holds NaN or infinity; expected finite numbers, 1 for live and 0 for source")
+    return checked
+
+
 def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float) -> None:
     """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction."""
     if not metric.is_differentiable:

@@ -124,6 +124,9 @@ class TokenSets:
     ids: Int[ndarray, "prompts tokens"]
     weights: Float[ndarray, "prompts tokens"]
 
+    def __getitem__(self, rows: slice) -> TokenSets:
+        return TokenSets(self.ids[rows], self.weights[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
@@ -134,6 +137,12 @@ class Bucket:
     corrupted: Int[ndarray, "bucket position"]
     answers: TokenSets
     wrong_answers: TokenSets
+
+    def cut(self, size: int) -> Iterator[Bucket]:
+        """Parts of at most `size` prompts."""
+        for at in range(0, len(self.index), size):
+            rows = slice(at, at + size)
+            yield Bucket(self.index[rows], self.clean[rows], self.corrupted[rows], self.answers[rows], self.wrong_answers[rows])
 
 
 def _rows(value: Rows, name: str) -> list[Any]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Plan, to_tensor
 from circuitgraph_torch._forward import AttentionStep, MLPStep, Tape
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
-from circuitgraph_torch._sites import Site, Sites
 
 if TYPE_CHECKING:
     from jaxtyping import Float

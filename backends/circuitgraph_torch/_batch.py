@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
+from circuitgraph._sites import Sites
 from circuitgraph_torch._backward import Backward
 from circuitgraph_torch._bank import Bank
 from circuitgraph_torch._calls import AttentionCall, attention_calls, block_input
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
-from circuitgraph_torch._sites import Sites
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from circuitgraph._engine import Source, WriterValues, check_gradient, check_reversible
+from circuitgraph._engine import Source, WriterValues, check_gradient, check_reversible, checked_mask
 from circuitgraph._errors import CircuitGraphError, TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
-from circuitgraph._pairs import Bucket, PromptPairs, TokenSets, check_vocabulary
+from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import SourceRun
 from circuitgraph_torch._modes import undisturbed
@@ -56,7 +56,7 @@ class TorchEngine:
         self.batches = [
             Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
             for bucket in pairs.buckets()
-            for part in _cut(bucket, self._prompts_per_batch(bucket))
+            for part in bucket.cut(self._prompts_per_batch(bucket))
         ]
         self._sources: dict[int, SourceRun] = {}
         total = sum(len(b) * b.live_ids.shape[1] for b in self.batches) * self._bytes_per_token
@@ -77,7 +77,7 @@ class TorchEngine:
     def activations(
         self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None
     ) -> TorchWriterValues:
-        checked = None if mask is None else self._masks(mask, n_dims=2)
+        checked = None if mask is None else self._masks(mask)
         values: list[Tensor] = []
         places: dict[int, tuple[int, int]] = {}
         with undisturbed(self._parts.model):
@@ -90,7 +90,7 @@ class TorchEngine:
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        checked = self._masks(masks, n_dims=3)
+        checked = self._masks(masks, len(masks))
         out = np.empty((len(checked), self.n_prompts))
         with undisturbed(self._parts.model):
             for number, batch in enumerate(self.batches):
@@ -101,7 +101,7 @@ class TorchEngine:
     def gradient(
         self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
     ) -> Float[ndarray, "prompts readers writers"]:
-        checked = self._masks(mask, n_dims=2)
+        checked = self._masks(mask)
         check_gradient(self._metric, checked, self.graph, mix)
         out = np.empty((self.n_prompts, *self.graph.shape))
         with undisturbed(self._parts.model):
@@ -116,20 +116,14 @@ class TorchEngine:
 
     def logits(self, mask: Float[ndarray, "readers writers"]) -> Iterator[tuple[Batch, Tensor]]:
         """All logits under a mask, `[prompts, position, vocabulary]`, batch by batch."""
-        checked = self._masks(mask, n_dims=2)
+        checked = self._masks(mask)
         for number, batch in enumerate(self.batches):
             with undisturbed(self._parts.model):
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
-    def _masks(self, masks: Float[ndarray, ...], n_dims: int) -> Float[ndarray, ...]:
-        checked = np.asarray(masks)
-        wanted = "[lanes, readers, writers]" if n_dims == 3 else "[readers, writers]"
-        if checked.ndim != n_dims or checked.shape[-2:] != self.graph.shape:
-            raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {self.graph.shape} readers and writers")
-        if not np.isfinite(checked).all():
-            raise CircuitGraphError("mask: it holds NaN or infinity; expected finite numbers, 1 for live and 0 for source")
-        dtype = np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32
-        return checked.astype(dtype)
+    def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
+        checked = checked_mask(masks, (*lanes, *self.graph.shape))
+        return checked.astype(np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32)
 
     def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
         batch = self.batches[number]
@@ -165,7 +159,7 @@ class TorchEngine:
         for bucket in (self._source.data or self._pairs).buckets():
             if length is not None and bucket.clean.shape[1] != length:
                 continue
-            for part in _cut(bucket, self._prompts_per_batch(bucket)):
+            for part in bucket.cut(self._prompts_per_batch(bucket)):
                 ids = part.clean if self._source.data is not None or self._is_reversed else part.corrupted
                 values = Batch(self._parts, part, self._metric, ids, ids).live.values
                 summed = values.sum(1, keepdim=True) if length is not None else values.sum((1, 2), keepdim=True)
@@ -186,21 +180,3 @@ class TorchEngine:
         if not self._keeps_runs:
             self.batches[number].forget()
             self._sources.pop(number, None)
-
-
-def _cut(bucket: Bucket, size: int) -> Iterator[Bucket]:
-    """Parts of a bucket of at most `size` prompts."""
-    for at in range(0, len(bucket.index), size):
-        rows = slice(at, at + size)
-        yield replace(
-            bucket,
-            index=bucket.index[rows],
-            clean=bucket.clean[rows],
-            corrupted=bucket.corrupted[rows],
-            answers=_rows(bucket.answers, rows),
-            wrong_answers=_rows(bucket.wrong_answers, rows),
-        )
-
-
-def _rows(sets: TokenSets, rows: slice) -> TokenSets:
-    return TokenSets(sets.ids[rows], sets.weights[rows])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from circuitgraph._sites import LayerSites, Site, Sites
 from circuitgraph_torch._bank import Bank, Plan
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
-from circuitgraph_torch._sites import LayerSites, Site, Sites
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -17,6 +17,7 @@ from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
+from circuitgraph._sites import Sites
 from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
@@ -25,7 +26,6 @@ from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._load import Loaded, load
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove import Proof, checks, prove
-from circuitgraph_torch._sites import Sites
 
 if TYPE_CHECKING:
     from jaxtyping import Float

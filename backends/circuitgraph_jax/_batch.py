@@ -1,0 +1,179 @@
+"""Prompts of one length, run together: the cached runs of the model and of the source, and `F`, `dF/dm` and writer values on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from circuitgraph._metrics import Metric
+from circuitgraph._pairs import Bucket, TokenSets
+from circuitgraph._sites import Sites
+from circuitgraph_jax import _queries as queries
+from circuitgraph_jax._decoder import Decoder
+from circuitgraph_jax._devices import Devices
+from circuitgraph_jax._forward import Source
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from numpy import ndarray
+
+_LANES_BYTES = 1 << 29  # what the lanes of one run may keep of their writers
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A model for JAX: the description's ids, its weights, and the devices that share its work."""
+
+    sites: Sites
+    decoder: Decoder
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weights."""
+        return self.decoder.embedding.dtype
+
+    @property
+    def wide(self) -> Any:
+        """The dtype, float32 at least."""
+        return np.promote_types(self.dtype, np.float32)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.decoder.embedding.shape[1])
+
+
+class Batch:
+    """One batch of prompts of equal length, `live` the prompts that are run, `clean` those whose logits a metric may compare with.
+
+    On the devices there may be more prompts than in the batch: copies of the last one, which nobody is told of.
+    """
+
+    def __init__(
+        self, parts: Parts, bucket: Bucket, metric: Metric, live: Int[ndarray, "prompts position"], other: Int[ndarray, "prompts position"]
+    ) -> None:
+        self.index, self.live_ids = bucket.index, live
+        self._parts, self._bucket, self._metric, self._other_ids = parts, bucket, metric, other
+        self._devices = Devices.of(parts.devices, len(bucket.index))
+        self._decoder: Decoder = self._devices.everywhere(parts.decoder)
+        self._differences: tuple[Source, Array] | None = None
+        self._unmixed: tuple[Source, bytes, Array] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def n_rows(self) -> int:
+        """How many prompts are on the devices."""
+        return int(self._tokens.shape[0])
+
+    @cached_property
+    def live(self) -> queries.LiveRun:
+        """The model's own run."""
+        run: queries.LiveRun = queries.live_run(self._decoder, self._tokens)
+        return run
+
+    def other_values(self) -> Array:
+        """What the writers say on the pairs' other prompts, `[prompts, writers, position, d_model]`."""
+        return queries.live_run(self._decoder, self.by_prompt(self._other_ids)).values
+
+    def source_run(self, values: Array) -> Source:
+        run: Source = queries.source_run(self._decoder, values)
+        return run
+
+    def by_prompt(self, rows: Float[ndarray, "prompts ..."] | Int[ndarray, "prompts ..."]) -> Array:
+        """Rows on the devices, filled up with copies of the last until all devices for prompts have equally many."""
+        short = -len(rows) % self._devices.n_prompts
+        whole = np.concatenate([rows, np.repeat(rows[-1:], short, axis=0)]) if short else np.asarray(rows)
+        return self._devices.by_prompt(whole)  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Drop the cached runs."""
+        self._differences = self._unmixed = None
+        self.__dict__.pop("live", None)
+
+    def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: Source) -> Float[ndarray, "lanes prompts"]:
+        parts = self._parts
+        starts = parts.sites.first_difference(masks)
+        order = np.argsort(starts, kind="stable")
+        out = np.empty((len(masks), len(self)))
+        for chosen in self._shares(order):
+            start = jnp.asarray(starts[chosen[0]], jnp.int32)
+            short = -len(chosen) % self._devices.n_lanes
+            lanes = self._devices.by_lane(masks[np.append(chosen, chosen[:1].repeat(short))])
+            values = queries.evaluate(
+                self._decoder, self._metric, lanes, start, self.live.streams, self._live_differences(source), source, self._question
+            )
+            out[chosen] = np.asarray(values)[: len(chosen), : len(self)]
+        return out
+
+    def _shares(self, order: Int[ndarray, " lanes"]) -> Iterator[Int[ndarray, " chosen"]]:
+        """Lanes by 1, 4, 16, ... times the devices for lanes, as memory allows: few shapes to compile for, and no lane twice."""
+        per_lane = len(self._parts.sites.graph.writers) * self.live_ids.size * self._parts.d_model * self._parts.dtype.itemsize
+        at = 0
+        while at < len(order):
+            size = n = self._devices.n_lanes
+            while 4 * size <= len(order) - at and 4 * size * per_lane <= n * _LANES_BYTES:
+                size *= 4
+            yield order[at : at + size]
+            at += size
+
+    def gradient(self, mask: Float[ndarray, "readers writers"], source: Source, mix: float) -> Float[ndarray, "prompts readers writers"]:
+        parts, graph = self._parts, self._parts.sites.graph
+        edges = None if np.all(mask[graph.visible] == 1) else jnp.asarray(mask)
+        along = None if mix == 1.0 else self._unmixed_differences(edges, source)
+        mixed = jnp.asarray(mix, parts.dtype)
+        scores = queries.gradient(self._decoder, self._metric, edges, self._tokens, mixed, source, along, self._question)
+        return np.asarray(scores, dtype=np.float64)[: len(self)]
+
+    def values(self, mask: Float[ndarray, "readers writers"] | None, source: Source) -> Array:
+        """What every writer says under a mask, `[prompts, writers, position, d_model]`."""
+        if mask is None:
+            return self.live.values
+        return queries.masked_bank(self._decoder, jnp.asarray(mask), self._tokens, source) + source.values
+
+    def logits(self, mask: Float[ndarray, "readers writers"], source: Source) -> Float[ndarray, "prompts position vocabulary"]:
+        """All logits of a run under a mask."""
+        return np.asarray(queries.masked_logits(self._decoder, jnp.asarray(mask), self._tokens, source))[: len(self)]
+
+    @cached_property
+    def _tokens(self) -> Int[Array, "prompts position"]:
+        return self.by_prompt(self.live_ids.astype(np.int32))
+
+    def _live_differences(self, source: Source) -> Array:
+        if self._differences is None or self._differences[0] is not source:
+            self._differences = (source, queries.differences(self.live.values, source))
+        return self._differences[1]
+
+    def _unmixed_differences(self, mask: Float[Array, "readers writers"] | None, source: Source) -> Array:
+        key = b"" if mask is None else np.asarray(mask).tobytes()
+        if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != key:
+            self._unmixed = (source, key, queries.masked_bank(self._decoder, mask, self._tokens, source))
+        return self._unmixed[2]
+
+    @cached_property
+    def _question(self) -> queries.Question:
+        """The tokens whose logits the metric needs, and what it compares with."""
+        answers, wrong = self._bucket.answers, self._bucket.wrong_answers
+        tokens = None
+        if not self._metric.full_vocabulary:
+            tokens = self.by_prompt(np.concatenate([answers.ids, wrong.ids], axis=1).astype(np.int32))
+        clean = None
+        if self._metric.flat_at_clean:
+            clean = queries.last_log_probs(self._decoder, self.by_prompt(self._bucket.clean.astype(np.int32)))
+
+        def columns(sets: TokenSets, first: int) -> Array:
+            places = np.broadcast_to(np.arange(first, first + sets.ids.shape[1]), sets.ids.shape) if tokens is not None else sets.ids
+            return self.by_prompt(places.astype(np.int32))
+
+        def weights(sets: TokenSets) -> Array:
+            return self.by_prompt(sets.weights.astype(self._parts.wide))
+
+        return queries.Question(tokens, columns(answers, 0), weights(answers), columns(wrong, answers.ids.shape[1]), weights(wrong), clean)

@@ -1,0 +1,189 @@
+"""The JAX engine: a traced model bound to prompt pairs, a metric and a source. See `circuitgraph._engine.Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from circuitgraph._engine import Source as SourceChoice
+from circuitgraph._engine import WriterValues, check_gradient, check_reversible, checked_mask
+from circuitgraph._errors import CircuitGraphError, TaskError
+from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric, check_answers
+from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
+from circuitgraph_jax._batch import Batch, Parts
+from circuitgraph_jax._devices import precisely
+from circuitgraph_jax._forward import Source
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+_BATCH_BYTES = 1 << 28  # what one run may keep of its writers; larger buckets are cut
+_CACHE_BYTES = 1 << 32  # above this, cached runs are dropped after each batch
+
+
+@dataclass(frozen=True, eq=False)
+class JaxWriterValues:
+    """Writer values on the devices, batch by batch: `[prompts, writers, position, d_model]`."""
+
+    batches: tuple[Array, ...]
+    places: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
+        batch, row = self.places[prompt]
+        values = self.batches[batch]
+        return np.asarray(values[row], dtype=np.promote_types(values.dtype, np.float32))
+
+
+class JaxEngine:
+    """`activations`, `evaluate` and `gradient` of a traced model. Made by `TracedModel.bind`."""
+
+    def __init__(self, parts: Parts, pairs: PromptPairs, metric: Metric, source: SourceChoice, *, is_reversed: bool = False) -> None:
+        check_answers(metric, pairs.wrong_answers)
+        for asked in (pairs, source.data):
+            if asked is not None:
+                check_vocabulary(asked, parts.decoder.embedding.shape[0])
+                check_lengths(asked, parts)
+        self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
+        self._is_reversed = is_reversed
+        self.batches = [
+            Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
+            for bucket in pairs.buckets()
+            for part in bucket.cut(self._prompts_per_batch(bucket))
+        ]
+        self._sources: dict[int, Source] = {}
+        total = sum(batch.live_ids.size for batch in self.batches) * self._bytes_per_token
+        self._keeps_runs = len(self.batches) == 1 or 3 * total <= _CACHE_BYTES
+
+    @property
+    def graph(self) -> Graph:
+        return self._parts.sites.graph
+
+    @property
+    def metric(self) -> Metric:
+        return self._metric
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self._pairs)
+
+    def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> JaxWriterValues:
+        checked = None if mask is None else self._masks(mask)
+        values: list[Array] = []
+        places: dict[int, tuple[int, int]] = {}
+        with precisely(self._parts.dtype):
+            for number, batch in enumerate(self.batches):
+                values.append(batch.values(checked, self._source_run(number, source)))
+                places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
+                self._done(number)
+        return JaxWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
+
+    def evaluate(
+        self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "lanes prompts"]:
+        checked = self._masks(masks, len(masks))
+        out = np.empty((len(checked), self.n_prompts))
+        with precisely(self._parts.dtype):
+            for number, batch in enumerate(self.batches):
+                out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
+                self._done(number)
+        return out
+
+    def gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
+    ) -> Float[ndarray, "prompts readers writers"]:
+        checked = self._masks(mask)
+        check_gradient(self._metric, checked, self.graph, mix)
+        out = np.empty((self.n_prompts, *self.graph.shape))
+        with precisely(self._parts.dtype):
+            for number, batch in enumerate(self.batches):
+                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
+                self._done(number)
+        return out
+
+    def reversed(self) -> JaxEngine:
+        check_reversible(self._source)
+        return JaxEngine(self._parts, self._pairs, self._metric, self._source, is_reversed=not self._is_reversed)
+
+    def logits(self, mask: Float[ndarray, "readers writers"]) -> Iterator[tuple[Batch, Float[ndarray, "prompts position vocabulary"]]]:
+        """All logits under a mask, batch by batch."""
+        checked = self._masks(mask)
+        for number, batch in enumerate(self.batches):
+            with precisely(self._parts.dtype):
+                yield batch, batch.logits(checked, self._source_run(number, None))
+
+    def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
+        return checked_mask(masks, (*lanes, *self.graph.shape)).astype(self._parts.dtype)
+
+    def _source_run(self, number: int, override: WriterValues | None) -> Source:
+        batch = self.batches[number]
+        if override is not None:
+            return batch.source_run(self._own_values(override, number))
+        if number not in self._sources:
+            self._sources[number] = batch.source_run(self._source_values(batch))
+        return self._sources[number]
+
+    def _own_values(self, values: WriterValues, number: int) -> Array:
+        """Somebody's writer values for one of our batches."""
+        batch = self.batches[number]
+        if len(values) != self.n_prompts:
+            raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {self.n_prompts}")
+        if isinstance(values, JaxWriterValues) and len(values.batches) == len(self.batches):
+            is_ours = all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index))
+            if is_ours and len(values.batches[number]) == batch.n_rows:
+                return values.batches[number]
+        return batch.by_prompt(np.stack([values[int(i)] for i in batch.index]).astype(self._parts.dtype))
+
+    def _source_values(self, batch: Batch) -> Array:
+        if self._source.kind == "corrupted":
+            return batch.other_values()
+        if self._source.kind == "zero":
+            nothing = np.zeros((len(batch), len(self.graph.writers), 1, self._parts.d_model), self._parts.dtype)
+            return batch.by_prompt(nothing)
+        mean = self._mean(batch.live_ids.shape[1] if self._source.kind == "mean-per-position" else None)
+        return jnp.broadcast_to(mean, (batch.n_rows, *mean.shape[1:]))
+
+    def _mean(self, length: int | None) -> Array:
+        """Mean writer values over the reference prompts: per position over those of this length, or over everything."""
+        total, count = None, 0
+        for bucket in (self._source.data or self._pairs).buckets():
+            if length is not None and bucket.clean.shape[1] != length:
+                continue
+            for part in bucket.cut(self._prompts_per_batch(bucket)):
+                ids = part.clean if self._source.data is not None or self._is_reversed else part.corrupted
+                values = Batch(self._parts, part, self._metric, ids, ids).live.values[: len(part.index)]
+                summed = values.sum(0, keepdims=True) if length is not None else values.sum((0, 2), keepdims=True)
+                total = summed if total is None else total + summed
+                count += values.shape[0] * (1 if length is not None else values.shape[2])
+        if total is None:
+            raise TaskError(f"mean per position: no reference prompt has {length} tokens; give data with prompts of every length in use")
+        return total / count
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return len(self.graph.writers) * self._parts.d_model * int(self._parts.dtype.itemsize)
+
+    def _prompts_per_batch(self, bucket: Bucket) -> int:
+        return max(1, int(_BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1])))
+
+    def _done(self, number: int) -> None:
+        if not self._keeps_runs:
+            self.batches[number].forget()
+            self._sources.pop(number, None)
+
+
+def check_lengths(pairs: PromptPairs, parts: Parts) -> None:
+    """Raises `TaskError` for a prompt that has more tokens than the model has learned positions; JAX would not notice."""
+    positions = parts.decoder.positions
+    longest = max(len(ids) for ids in pairs.clean)
+    if positions is not None and longest > len(positions):
+        raise TaskError(f"the model does not take prompts of {longest} tokens: it has learned positions for {len(positions)}")

@@ -1,0 +1,215 @@
+"""A decoder as an Equinox module, in joints: norm, attention, MLP. Everything here is for one prompt; `vmap` does the rest.
+
+Numbers in which layers differ (a window, a scale, rotary frequencies) are arrays, so that layers of one shape can be stacked and scanned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+}
+
+
+class Norm(eqx.Module):
+    """`gain * x / rms(x) + bias` over `axes`; a layer norm subtracts the mean first. Computed in float32 at least, as the originals do."""
+
+    gain: Float[Array, ...] | None
+    bias: Float[Array, ...] | None
+    eps: Float[Array, ""]
+    is_centred: bool = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True, default=(-1,))
+
+    def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        return self._finish(self._centred(x) * self._scale(x), x)
+
+    def split(
+        self, parts: Float[Array, "heads position d_model"], total: Float[Array, "position d_model"]
+    ) -> Float[Array, "heads position d_model"]:
+        """The norm of `total`, shared out to the parts that add up to it: all get the scale of the total, none the bias."""
+        y = self._centred(parts) * self._scale(total)
+        return (y if self.gain is None else y * self.gain).astype(parts.dtype)
+
+    def _centred(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return wide - wide.mean(self.axes, keepdims=True) if self.is_centred else wide
+
+    def _scale(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        return jax.lax.rsqrt(jnp.square(self._centred(x)).mean(self.axes, keepdims=True) + self.eps)
+
+    def _finish(self, y: Float[Array, ...], x: Float[Array, ...]) -> Float[Array, ...]:
+        y = y if self.gain is None else y * self.gain
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+
+class Rotation(eqx.Module):
+    """Rotary position embedding; see `circuitgraph._architecture.Rotary`. A layer without one has frequencies of 0."""
+
+    frequencies: Float[Array, " pairs"]
+    scale: Float[Array, ""]
+    is_interleaved: bool = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "... position head_dim"]) -> Float[Array, "... position head_dim"]:
+        n = len(self.frequencies)
+        angles = jnp.arange(x.shape[-2], dtype=self.frequencies.dtype)[:, None] * self.frequencies
+        cos, sin = jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
+        turned, rest = x[..., : 2 * n], x[..., 2 * n :]
+        a, b = (turned[..., ::2], turned[..., 1::2]) if self.is_interleaved else (turned[..., :n], turned[..., n:])
+        a, b = a * cos - b * sin, b * cos + a * sin
+        turned = jnp.stack([a, b], -1).reshape(turned.shape) if self.is_interleaved else jnp.concatenate([a, b], -1)
+        return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+
+
+class Attention(eqx.Module):
+    """One layer's attention between its readers (`q` heads, `k` inputs, `v` inputs) and its heads.
+
+    With grouped keys and values, head `h` is member `h % members` of group `h // members`; `kv_readers` is 1 per group, or `members` if
+    every head has a `k` and `v` reader of its own.
+    """
+
+    norm: Norm | None
+    weights: Float[Array, "readers head_dim d_model"]
+    biases: Float[Array, "readers head_dim"] | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    rotation: Rotation | None
+    pattern_scale: Float[Array, ""]
+    softcap: Float[Array, ""] | None
+    window: Int[Array, ""]
+    out_weights: Float[Array, "heads head_dim d_model"]
+    out_bias: Float[Array, " d_model"] | None
+    post_norm: Norm | None
+    scale: Float[Array, ""]
+    n_groups: int = eqx.field(static=True)
+    members: int = eqx.field(static=True)
+    kv_readers: int = eqx.field(static=True)
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_groups * self.members
+
+    @property
+    def n_readers(self) -> int:
+        return self.n_heads + 2 * self.n_groups * self.kv_readers
+
+    def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
+        """The module as its model has it: what all heads and the output bias add to the stream."""
+        return self.write(self.mix(self.project(x[None])))
+
+    def project(self, x: Float[Array, "some position d_model"]) -> Float[Array, "readers position head_dim"]:
+        """From the readers' inputs, or the one that all of them share, to queries, keys and values."""
+        y = x if self.norm is None else self.norm(x)
+        if len(x) == 1:
+            projected = jnp.einsum("sd,red->rse", y[0], self.weights)
+        else:
+            projected = jnp.einsum("rsd,red->rse", y, self.weights)
+        return projected if self.biases is None else projected + self.biases[:, None]
+
+    def mix(self, projected: Float[Array, "readers position head_dim"]) -> Float[Array, "heads position head_dim"]:
+        """The heads' mixed values."""
+        length, n_kv = projected.shape[1], self.n_groups * self.kv_readers
+        q = projected[: self.n_heads].reshape(self.n_groups, self.members, length, -1)
+        k = projected[self.n_heads : self.n_heads + n_kv].reshape(self.n_groups, self.kv_readers, length, -1)
+        v = projected[self.n_heads + n_kv :].reshape(self.n_groups, self.kv_readers, length, -1)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if self.rotation is not None:
+            q, k = self.rotation(q), self.rotation(k)
+        return (self._pattern(q, k).astype(v.dtype) @ v).reshape(self.n_heads, length, -1)
+
+    def _pattern(
+        self, q: Float[Array, "groups members position head_dim"], k: Float[Array, "groups kv position head_dim"]
+    ) -> Float[Array, "groups members position position"]:
+        scores = (q @ k.swapaxes(-1, -2)).astype(jnp.promote_types(q.dtype, jnp.float32)) * self.pattern_scale
+        scores = scores if self.softcap is None else jnp.tanh(scores / self.softcap) * self.softcap
+        distance = jnp.arange(q.shape[2])[:, None] - jnp.arange(q.shape[2])
+        return jax.nn.softmax(jnp.where((distance >= 0) & (distance < self.window), scores, -jnp.inf), axis=-1)
+
+    def write(self, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "position d_model"]:
+        """What all heads and the output bias add to the stream."""
+        y = self._sum(mixed)
+        y = y if self.out_bias is None else y + self.out_bias
+        return (y if self.post_norm is None else self.post_norm(y)) * self.scale
+
+    def write_each(self, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "heads position d_model"]:
+        """What each head adds to the stream; `constant` is the rest."""
+        written = jnp.einsum("hse,hed->hsd", mixed, self.out_weights)
+        return (written if self.post_norm is None else self.post_norm.split(written, self._sum(mixed))) * self.scale
+
+    def _sum(self, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "position d_model"]:
+        return jnp.einsum("hse,hed->sd", mixed, self.out_weights)
+
+    @property
+    def constant(self) -> Float[Array, " d_model"] | None:
+        """What this layer's attention adds to the stream that belongs to no head."""
+        bias = self.out_bias if self.post_norm is None else self.post_norm.bias
+        return None if bias is None else bias * self.scale
+
+
+class MLP(eqx.Module):
+    """One layer's MLP; see `circuitgraph._architecture.FeedForward`. `expand` and `contract` are its two halves."""
+
+    norm: Norm | None
+    up: Float[Array, "width d_model"]
+    up_bias: Float[Array, " width"] | None
+    gate: Float[Array, "width d_model"] | None
+    gate_bias: Float[Array, " width"] | None
+    down: Float[Array, "d_model width"]
+    down_bias: Float[Array, " d_model"] | None
+    post_norm: Norm | None
+    scale: Float[Array, ""]
+    activation: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Float[Array, "position d_model"]) -> tuple[Float[Array, "position width"], ...]:
+        """Up to the non-linearity: `(up,)` or `(up, gate)`."""
+        y = x if self.norm is None else self.norm(x)
+        up = _affine(y, self.up, self.up_bias)
+        return (up,) if self.gate is None else (up, _affine(y, self.gate, self.gate_bias))
+
+    def contract(self, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position d_model"]:
+        """From there to what the MLP adds to the stream."""
+        act = ACTIVATIONS[self.activation]
+        inner = act(hidden[0]) if len(hidden) == 1 else act(hidden[1]) * hidden[0]
+        y = _affine(inner, self.down, self.down_bias)
+        return (y if self.post_norm is None else self.post_norm(y)) * self.scale
+
+
+def _affine(x: Float[Array, "position d_in"], weight: Float[Array, "d_out d_in"], bias: Array | None) -> Float[Array, "position d_out"]:
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+class Layer(eqx.Module):
+    """A block; or, as a stack, several of one shape, their arrays with a leading axis."""
+
+    attention: Attention | None
+    mlp: MLP | None
+    is_parallel: bool = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
+        after = x if self.attention is None else x + self.attention(x)
+        return after if self.mlp is None else after + self.mlp(x if self.is_parallel else after)
+
+    @property
+    def n_readers(self) -> int:
+        return (self.attention.n_readers if self.attention else 0) + (self.mlp is not None)
+
+    @property
+    def n_writers(self) -> int:
+        return (self.attention.n_heads if self.attention else 0) + (self.mlp is not None)
