@@ -2,7 +2,7 @@
 # make test    the tests (make test PYTEST="-k names -n 0" passes options on)
 # make lint    ruff, mypy, import-linter
 # make docs    the documentation, into site/
-# make bench   the figures, into benchmarks/RESULTS.md and docs/explanation/figures.md (a quarter of an hour on 2 quiet cores)
+# make bench   the figures, into benchmarks/RESULTS.md and docs/explanation/figures.md (half an hour on 2 quiet cores)
 
 PYTHON ?= python3
 VENV   := .venv

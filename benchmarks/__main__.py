@@ -26,6 +26,7 @@ SCRIPTS = {
     "trace-proof": ["trace_proof"],
     "eap-1-thread": ["eap", "--threads", "1"],
     "eap-2-threads": ["eap", "--threads", "2", "--models", "gpt2-size"],
+    "backends": ["backends"],
     "startup": ["startup"],
 }
 

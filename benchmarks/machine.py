@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("circuitgraph", "torch", "transformers", "nnsight", "numpy")
+_PACKAGES = ("circuitgraph", "torch", "transformers", "nnsight", "jax", "equinox", "numpy")
 
 
 def description() -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import clock, eap, eap_case, machine, startup, tables, trace_proof
+from benchmarks import backends, backends_case, clock, eap, eap_case, machine, startup, tables, trace_proof
 
 
 def test_trace_proof_passes_and_has_its_noise_floors() -> None:
@@ -97,3 +97,14 @@ def test_the_documentation_shows_the_results() -> None:
     shown = everything.PAGE.read_text().partition(everything.START)[2].partition(everything.END)[0].strip()
     assert shown
     assert shown in everything.RESULTS.read_text()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_backends_are_compared(backend: str) -> None:
+    traced, pairs = backends_case._traced(backend, "tiny")
+    plain = backends_case.plain_forward(backend, traced, pairs, threads=1)
+    found = {"model": "tiny", "backend": backend, **backends_case.measured(traced, pairs, plain, rounds=2)}
+    assert (found["edges"], found["prompts"], found["lanes"]) == (46, [8, 16], 64)
+    (row,) = backends.table([found], rounds=2).rows
+    assert len(row) == len(backends.table([found], rounds=2).columns)
+    assert (row[-1] == "") == (backend == "torch")

@@ -15,64 +15,95 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import Edges, Inputs, Run, Source, Tape, forward, inputs, read
-from circuitgraph_jax._joints import Attention
+from circuitgraph_jax._forward import Edges, LayerMasking, Masking, forward
+from circuitgraph_jax._joints import Attention, Layer
+from circuitgraph_jax._live import live_run, run_beside
+from circuitgraph_jax._run import Run, Tape
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+class MaskedRun(eqx.Module):
+    """A run to be differentiated: under a mask."""
+
+    embedding: Float[Array, "position d_model"]
+    source: Float[Array, "writers span d_model"]
+    masking: Masking
+
+    def forward(self, decoder: Decoder) -> Run:
+        return forward(decoder, self.embedding, self.source, self.masking)
+
+
+class LiveRun(eqx.Module):
+    """A run to be differentiated: the model's own."""
+
+    embedding: Float[Array, "position d_model"]
+    source: Float[Array, "writers span d_model"]
+    masking: None = None
+
+    def forward(self, decoder: Decoder) -> Run:
+        return live_run(decoder, self.embedding, self.source)
+
+
+class RunBeside(eqx.Module):
+    """A run to be differentiated: the model's own, the source being its run on another prompt."""
+
+    embedding: Float[Array, "position d_model"]
+    other: Float[Array, "position d_model"]
+    masking: None = None
+
+    def forward(self, decoder: Decoder) -> Run:
+        return run_beside(decoder, self.embedding, self.other)
 
 
 @eqx.filter_custom_vjp
 def end_of_run(
     nudges: Float[Array, "readers writers"],
     decoder: Decoder,
-    embedding: Float[Array, "position d_model"],
-    source: Source,
-    edges: Edges | None,
+    planned: MaskedRun | LiveRun | RunBeside,
     directions: Float[Array, "writers position d_model"] | None,
 ) -> Float[Array, "position d_model"]:
     """The logits' input of a run, differentiable in `nudges`: `nudges[r, w]` adds that much of `directions[w]` to the input of reader `r`.
 
     Nudges are zero; only their derivative is asked for. Along the writers' own differences (`directions` is `None`) it is `dF/dm`.
     """
-    return forward(decoder, embedding, source, edges).end
+    return planned.forward(decoder).end
 
 
 @end_of_run.def_fwd  # type: ignore[untyped-decorator]
-def _forward_rule(perturbed: Any, nudges: Any, *question: Any) -> tuple[Array, Run]:
-    decoder, embedding, source, edges, _ = question
-    run = forward(decoder, embedding, source, edges)
+def _forward_rule(perturbed: Any, nudges: Any, decoder: Decoder, planned: Any, directions: Any) -> tuple[Array, Run]:
+    run: Run = planned.forward(decoder)
     return run.end, run
 
 
 @end_of_run.def_bwd  # type: ignore[untyped-decorator]
-def _backward_rule(run: Run, grad: Array, perturbed: Any, nudges: Any, *question: Any) -> Float[Array, "readers writers"]:
-    decoder, _, source, edges, directions = question
-    return backward(decoder, run, source, edges, grad, run.bank if directions is None else directions)
+def _backward_rule(run: Run, grad: Array, perturbed: Any, nudges: Any, decoder: Decoder, planned: Any, directions: Any) -> Array:
+    return backward(decoder, run, planned.masking, grad, run.bank if directions is None else directions)
 
 
 def backward(
     decoder: Decoder,
     run: Run,
-    source: Source,
-    edges: Edges | None,
+    masking: Masking | None,
     grad_end: Float[Array, "position d_model"],
     directions: Float[Array, "writers position d_model"],
 ) -> Float[Array, "readers writers"]:
     """`<dF/dx_r, directions_w>` for every reader and writer, from the gradient of the logits' input."""
-    grads = WriterGrads(jnp.zeros_like(run.end), None if edges is None else jnp.zeros_like(run.bank))
-    grads = grads.add(None if edges is None else edges[-1:], grad_end[None])
+    grads = WriterGrads(jnp.zeros_like(run.end), None if masking is None else jnp.zeros_like(run.bank))
+    grads = grads.add(None if masking is None else masking.end, grad_end[None])
     scores = [_score(grad_end[None], directions).T]
     for number, place in reversed([*enumerate(decoder.places)]):
         bank, along = run.bank[: place.end_writer], directions[: place.end_writer]
 
-        def step(grads: WriterGrads, xs: tuple[Inputs, Tape], bank: Array = bank, along: Array = along) -> tuple[WriterGrads, Array]:
+        def step(grads: WriterGrads, xs: Any, bank: Array = bank, along: Array = along) -> tuple[WriterGrads, Array]:
             grads, of_readers = _layer(grads, bank, *xs)
             return grads, _score(of_readers, along)
 
-        xs = inputs(decoder, source, edges, number), run.tapes[number]
-        grads, rows = lax.scan(step, grads.up_to(place.end_writer), xs, reverse=True)
-        rows = rows.swapaxes(1, 2).reshape(-1, len(along))
+        masked = None if masking is None else masking.steps(decoder, number)
+        xs = decoder.stacks[number], place.first_writers, masked, run.tapes[number]
+        grads, columns = lax.scan(step, grads.up_to(place.end_writer), xs, reverse=True)
+        rows = columns.swapaxes(1, 2).reshape(-1, len(along))
         scores.append(jnp.pad(rows, ((0, 0), (0, len(directions) - len(along)))))
     return jnp.where(decoder.visible, jnp.concatenate(scores[::-1]), 0)
 
@@ -88,7 +119,7 @@ class WriterGrads(eqx.Module):
         return WriterGrads(self.stream, None if self.corrections is None else self.corrections[:writer])
 
     def of(self, first: Array, n: int) -> Float[Array, "some position d_model"]:
-        """Of `n` writers."""
+        """Of `n` writers, or the one that all writers share."""
         return self.stream[None] if self.corrections is None else self.stream + lax.dynamic_slice_in_dim(self.corrections, first, n)
 
     def add(self, edges: Edges | None, grads: Float[Array, "readers position d_model"]) -> WriterGrads:
@@ -100,26 +131,24 @@ class WriterGrads(eqx.Module):
         return WriterGrads(stream, self.corrections + mixed.reshape(self.corrections.shape))
 
 
-def _layer(grads: WriterGrads, bank: Array, here: Inputs, tape: Tape) -> tuple[WriterGrads, Float[Array, "readers position d_model"]]:
+def _layer(
+    grads: WriterGrads, bank: Array, layer: Layer, writer: Array, masking: LayerMasking | None, tape: Tape
+) -> tuple[WriterGrads, Float[Array, "readers position d_model"]]:
     """One layer backwards, with the gradients of its readers' inputs."""
-    layer, edges, of_readers = here.layer, here.edges, []
-    n_readers, n_heads = (layer.attention.n_readers, layer.attention.n_heads) if layer.attention else (0, 0)
-    after = grads
+    after, of_readers = grads, []
     if layer.mlp is not None:
-        seen = None if edges is None else edges[n_readers:]
-        x = read(seen, tape.before_mlp, here.before_mlp, bank)[0]
-        grad = _pull(layer.mlp.contract, tape.hidden, grads.of(here.first_writer + n_heads, 1)[0])
+        x = tape.before_mlp if masking is None else masking.read_mlp(layer, tape.before_mlp, bank)
+        grad = _pull(layer.mlp.contract, tape.hidden, grads.of(writer + layer.n_heads, 1)[0])
         grad = _pull(layer.mlp.expand, x, grad)[None]
         of_readers.append(grad)
-        grads = grads.add(seen, grad)
+        grads = grads.add(None if masking is None else masking.of_mlp(layer), grad)
     if layer.attention is not None:
-        seen = None if edges is None else edges[:n_readers]
-        x = read(seen, tape.before_attention, here.before_attention, bank)
-        of_heads = (after if layer.is_parallel else grads).of(here.first_writer, n_heads)
+        x = tape.before_attention[None] if masking is None else masking.read_attention(layer, tape.before_attention, bank)
+        of_heads = (after if layer.is_parallel else grads).of(writer, layer.n_heads)
         grad = _through_heads(layer.attention, tape.projected, of_heads)
-        grad = _pull(layer.attention.project, jnp.broadcast_to(x, (n_readers, *x.shape[1:])), grad)
+        grad = _pull(layer.attention.project, jnp.broadcast_to(x, (layer.n_attention_readers, *x.shape[1:])), grad)
         of_readers.insert(0, grad)
-        grads = grads.add(seen, grad)
+        grads = grads.add(None if masking is None else masking.of_attention(layer), grad)
     return grads, jnp.concatenate(of_readers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +19,12 @@ from circuitgraph._sites import Sites
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import Devices
-from circuitgraph_jax._forward import Source
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
 
+_PROMPTS = 4  # batches of more than two prompts are filled up to a multiple of this
 _LANES_BYTES = 1 << 29  # what the lanes of one run may keep of their writers
 
 
@@ -50,6 +51,32 @@ class Parts:
         return int(self.decoder.embedding.shape[1])
 
 
+class SourceRun:
+    """What the writers say in the source run, and what readers would see there; neither is computed before it is needed.
+
+    Given are the values `[prompts, writers, span, d_model]`, or the tokens `[prompts, position]` whose own run it is.
+    """
+
+    def __init__(self, decoder: Decoder, *, values: Array | None = None, tokens: Array | None = None) -> None:
+        self._decoder, self.tokens = decoder, tokens
+        if values is not None:
+            self.values = values
+
+    @cached_property
+    def values(self) -> Array:
+        """`[prompts, writers, span, d_model]`."""
+        assert self.tokens is not None
+        return queries.live(self._decoder, self.tokens).values
+
+    @property
+    def is_known(self) -> bool:
+        return "values" in self.__dict__
+
+    @cached_property
+    def whole(self) -> queries.Source:
+        return queries.Source(self.values, queries.source_streams(self._decoder, self.values))
+
+
 class Batch:
     """One batch of prompts of equal length, `live` the prompts that are run, `clean` those whose logits a metric may compare with.
 
@@ -62,9 +89,9 @@ class Batch:
         self.index, self.live_ids = bucket.index, live
         self._parts, self._bucket, self._metric, self._other_ids = parts, bucket, metric, other
         self._devices = Devices.of(parts.devices, len(bucket.index))
-        self._decoder: Decoder = self._devices.everywhere(parts.decoder)
-        self._differences: tuple[Source, Array] | None = None
-        self._unmixed: tuple[Source, bytes, Array] | None = None
+        self.decoder: Decoder = self._devices.everywhere(parts.decoder)
+        self._differences: tuple[SourceRun, Array] | None = None
+        self._unmixed: tuple[SourceRun, bytes, Array] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -75,22 +102,22 @@ class Batch:
         return int(self._tokens.shape[0])
 
     @cached_property
-    def live(self) -> queries.LiveRun:
+    def live(self) -> queries.Live:
         """The model's own run."""
-        run: queries.LiveRun = queries.live_run(self._decoder, self._tokens)
+        run: queries.Live = queries.live(self.decoder, self._tokens)
         return run
 
-    def other_values(self) -> Array:
-        """What the writers say on the pairs' other prompts, `[prompts, writers, position, d_model]`."""
-        return queries.live_run(self._decoder, self.by_prompt(self._other_ids)).values
+    def others(self) -> SourceRun:
+        """The run on the pairs' other prompts."""
+        return SourceRun(self.decoder, tokens=self.by_prompt(self._other_ids.astype(np.int32)))
 
-    def source_run(self, values: Array) -> Source:
-        run: Source = queries.source_run(self._decoder, values)
-        return run
+    def source_run(self, values: Array) -> SourceRun:
+        return SourceRun(self.decoder, values=values)
 
     def by_prompt(self, rows: Float[ndarray, "prompts ..."] | Int[ndarray, "prompts ..."]) -> Array:
-        """Rows on the devices, filled up with copies of the last until all devices for prompts have equally many."""
-        short = -len(rows) % self._devices.n_prompts
+        """Rows on the devices, filled up with copies of the last: to an even share for each device, and to few different numbers, since
+        every number of prompts is compiled for."""
+        short = -len(rows) % math.lcm(self._devices.n_prompts, _PROMPTS if len(rows) > 2 else 1)
         whole = np.concatenate([rows, np.repeat(rows[-1:], short, axis=0)]) if short else np.asarray(rows)
         return self._devices.by_prompt(whole)  # type: ignore[no-any-return]
 
@@ -99,7 +126,7 @@ class Batch:
         self._differences = self._unmixed = None
         self.__dict__.pop("live", None)
 
-    def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: Source) -> Float[ndarray, "lanes prompts"]:
+    def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         parts = self._parts
         starts = parts.sites.first_difference(masks)
         order = np.argsort(starts, kind="stable")
@@ -109,7 +136,7 @@ class Batch:
             short = -len(chosen) % self._devices.n_lanes
             lanes = self._devices.by_lane(masks[np.append(chosen, chosen[:1].repeat(short))])
             values = queries.evaluate(
-                self._decoder, self._metric, lanes, start, self.live.streams, self._live_differences(source), source, self._question
+                self.decoder, self._metric, lanes, start, self.live.streams, self._live_differences(source), source.whole, self._question
             )
             out[chosen] = np.asarray(values)[: len(chosen), : len(self)]
         return out
@@ -125,37 +152,44 @@ class Batch:
             yield order[at : at + size]
             at += size
 
-    def gradient(self, mask: Float[ndarray, "readers writers"], source: Source, mix: float) -> Float[ndarray, "prompts readers writers"]:
-        parts, graph = self._parts, self._parts.sites.graph
-        edges = None if np.all(mask[graph.visible] == 1) else jnp.asarray(mask)
-        along = None if mix == 1.0 else self._unmixed_differences(edges, source)
-        mixed = jnp.asarray(mix, parts.dtype)
-        scores = queries.gradient(self._decoder, self._metric, edges, self._tokens, mixed, source, along, self._question)
+    def gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mix: float) -> Float[ndarray, "prompts readers writers"]:
+        is_live = bool(np.all(mask[self._parts.sites.graph.visible] == 1))
+        if is_live and mix == 1.0 and source.tokens is not None and not source.is_known:
+            scores = queries.gradient_beside(self.decoder, self._metric, self._tokens, source.tokens, self._question)
+        else:
+            along = None if mix == 1.0 else self._unmixed_differences(mask, source, is_live=is_live)
+            run = (self.decoder, self._metric, self._tokens, jnp.asarray(mix, self._parts.dtype))
+            if is_live:
+                scores = queries.live_gradient(*run, source.values, along, self._question)
+            else:
+                scores = queries.masked_gradient(*run, jnp.asarray(mask), source.whole, along, self._question)
         return np.asarray(scores, dtype=np.float64)[: len(self)]
 
-    def values(self, mask: Float[ndarray, "readers writers"] | None, source: Source) -> Array:
+    def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Array:
         """What every writer says under a mask, `[prompts, writers, position, d_model]`."""
         if mask is None:
             return self.live.values
-        return queries.masked_bank(self._decoder, jnp.asarray(mask), self._tokens, source) + source.values
+        return queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole) + source.values
 
-    def logits(self, mask: Float[ndarray, "readers writers"], source: Source) -> Float[ndarray, "prompts position vocabulary"]:
+    def logits(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts position vocabulary"]:
         """All logits of a run under a mask."""
-        return np.asarray(queries.masked_logits(self._decoder, jnp.asarray(mask), self._tokens, source))[: len(self)]
+        return np.asarray(queries.masked_logits(self.decoder, jnp.asarray(mask), self._tokens, source.whole))[: len(self)]
 
     @cached_property
     def _tokens(self) -> Int[Array, "prompts position"]:
         return self.by_prompt(self.live_ids.astype(np.int32))
 
-    def _live_differences(self, source: Source) -> Array:
+    def _live_differences(self, source: SourceRun) -> Array:
         if self._differences is None or self._differences[0] is not source:
-            self._differences = (source, queries.differences(self.live.values, source))
+            self._differences = (source, queries.differences(self.live.values, source.values))
         return self._differences[1]
 
-    def _unmixed_differences(self, mask: Float[Array, "readers writers"] | None, source: Source) -> Array:
-        key = b"" if mask is None else np.asarray(mask).tobytes()
-        if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != key:
-            self._unmixed = (source, key, queries.masked_bank(self._decoder, mask, self._tokens, source))
+    def _unmixed_differences(self, mask: Float[ndarray, "readers writers"], source: SourceRun, *, is_live: bool) -> Array:
+        if is_live:
+            return self._live_differences(source)
+        if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != mask.tobytes():
+            bank = queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole)
+            self._unmixed = (source, mask.tobytes(), bank)
         return self._unmixed[2]
 
     @cached_property
@@ -167,7 +201,7 @@ class Batch:
             tokens = self.by_prompt(np.concatenate([answers.ids, wrong.ids], axis=1).astype(np.int32))
         clean = None
         if self._metric.flat_at_clean:
-            clean = queries.last_log_probs(self._decoder, self.by_prompt(self._bucket.clean.astype(np.int32)))
+            clean = queries.last_log_probs(self.decoder, self.by_prompt(self._bucket.clean.astype(np.int32)))
 
         def columns(sets: TokenSets, first: int) -> Array:
             places = np.broadcast_to(np.arange(first, first + sets.ids.shape[1]), sets.ids.shape) if tokens is not None else sets.ids

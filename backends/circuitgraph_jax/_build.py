@@ -41,8 +41,10 @@ class _Builder:
 
     def decoder(self) -> Decoder:
         architecture = self.architecture
-        embedding = self._array(tensor(self.tensors, f"{architecture.embedding}.weight"))
-        tied = f"{architecture.unembedding}.weight" not in self.tensors
+        read, written = (tensor(self.tensors, f"{path}.weight") for path in (architecture.embedding, architecture.unembedding))
+        embedding = self._array(read)
+        unembedding = embedding if written is read else self._array(written)
+        self._check_ends(embedding, unembedding)
         positions = None
         if architecture.positions is not None:
             positions = self._array(tensor(self.tensors, f"{architecture.positions}.weight")[architecture.first_position :])
@@ -53,12 +55,23 @@ class _Builder:
             embedding_norm=self._norm(architecture.embedding_norm),
             stacks=stacked([self._layer(block) for block in architecture.blocks]),
             final_norm=self._norm(architecture.final_norm),
-            unembedding=embedding if tied else self._array(self.tensors[f"{architecture.unembedding}.weight"]),
+            unembedding=unembedding,
             unembedding_bias=self._bias(architecture.unembedding),
             logit_scale=self._number(architecture.logit_scale),
             logit_softcap=None if architecture.logit_softcap is None else self._number(architecture.logit_softcap),
             visible=jnp.asarray(architecture.graph(per_head_kv=self.per_head_kv).visible),
         )
+
+    def _check_ends(self, embedding: Array, unembedding: Array) -> None:
+        """Raises `TraceError` where an end of the model is not as wide as the description says; tokens that are only read are fine."""
+        architecture = self.architecture
+        n, d_model = architecture.vocabulary, architecture.d_model
+        for path, weight, fits in (
+            (architecture.unembedding, unembedding, unembedding.shape == (n, d_model)),
+            (architecture.embedding, embedding, embedding.shape[0] >= n and embedding.shape[1:] == (d_model,)),
+        ):
+            if not fits:
+                raise TraceError(f"{path}.weight has shape {weight.shape}; the description asks for {(n, d_model)}, [vocabulary, d_model]")
 
     def _layer(self, block: described.Block) -> joints.Layer:
         attention = None if block.attention is None else self._attention(block.attention)
@@ -103,6 +116,8 @@ class _Builder:
         inside = mlp.feed_forward
         if inside is None:
             raise _undescribed(mlp.modules[0], "FeedForward", "feed_forward")
+        if inside.activation not in joints.ACTIVATIONS:
+            raise TraceError(f"{mlp.modules[0]}: its activation is {inside.activation!r}; expected one of {', '.join(joints.ACTIVATIONS)}")
         gate = None if inside.gate is None else self._rows(inside.gate, 1)[0]
         gate_bias = None if inside.gate is None else self._row_biases(inside.gate, 1)
         up_bias = self._row_biases(inside.up, 1)
@@ -200,5 +215,5 @@ def _joined(biases: list[np.ndarray[Any, Any] | None], weights: list[np.ndarray[
 def _undescribed(path: str, kind: str, field: str) -> TraceError:
     return TraceError(
         f"{path}: the JAX backend builds the model anew, and the description does not say what happens inside this joint; give its "
-        f"{field} (a circuitgraph {kind}), or use backend='torch', which runs the model's own code"
+        f"{field} (circuitgraph.architecture.{kind}), or, for a PyTorch model, use backend='torch', which runs the model's own code"
     )

@@ -11,14 +11,13 @@ import numpy as np
 from jax import Array
 
 from circuitgraph._engine import Source as SourceChoice
-from circuitgraph._engine import WriterValues, check_gradient, check_reversible, checked_mask
-from circuitgraph._errors import CircuitGraphError, TaskError
+from circuitgraph._engine import WriterValues, check_gradient, check_reversible, check_source_values, checked_mask, no_prompt_to_average
+from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
-from circuitgraph_jax._batch import Batch, Parts
+from circuitgraph_jax._batch import Batch, Parts, SourceRun
 from circuitgraph_jax._devices import precisely
-from circuitgraph_jax._forward import Source
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -60,7 +59,7 @@ class JaxEngine:
             for bucket in pairs.buckets()
             for part in bucket.cut(self._prompts_per_batch(bucket))
         ]
-        self._sources: dict[int, Source] = {}
+        self._sources: dict[int, SourceRun] = {}
         total = sum(batch.live_ids.size for batch in self.batches) * self._bytes_per_token
         self._keeps_runs = len(self.batches) == 1 or 3 * total <= _CACHE_BYTES
 
@@ -90,7 +89,7 @@ class JaxEngine:
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        checked = self._masks(masks, len(masks))
+        checked = self._masks(masks, 1)
         out = np.empty((len(checked), self.n_prompts))
         with precisely(self._parts.dtype):
             for number, batch in enumerate(self.batches):
@@ -124,33 +123,32 @@ class JaxEngine:
     def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
         return checked_mask(masks, (*lanes, *self.graph.shape)).astype(self._parts.dtype)
 
-    def _source_run(self, number: int, override: WriterValues | None) -> Source:
+    def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
         batch = self.batches[number]
         if override is not None:
             return batch.source_run(self._own_values(override, number))
         if number not in self._sources:
-            self._sources[number] = batch.source_run(self._source_values(batch))
+            self._sources[number] = self._own_source(batch)
         return self._sources[number]
 
     def _own_values(self, values: WriterValues, number: int) -> Array:
         """Somebody's writer values for one of our batches."""
         batch = self.batches[number]
-        if len(values) != self.n_prompts:
-            raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {self.n_prompts}")
+        check_source_values(values, self.n_prompts)
         if isinstance(values, JaxWriterValues) and len(values.batches) == len(self.batches):
             is_ours = all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index))
             if is_ours and len(values.batches[number]) == batch.n_rows:
                 return values.batches[number]
         return batch.by_prompt(np.stack([values[int(i)] for i in batch.index]).astype(self._parts.dtype))
 
-    def _source_values(self, batch: Batch) -> Array:
+    def _own_source(self, batch: Batch) -> SourceRun:
         if self._source.kind == "corrupted":
-            return batch.other_values()
+            return batch.others()
         if self._source.kind == "zero":
             nothing = np.zeros((len(batch), len(self.graph.writers), 1, self._parts.d_model), self._parts.dtype)
-            return batch.by_prompt(nothing)
+            return batch.source_run(batch.by_prompt(nothing))
         mean = self._mean(batch.live_ids.shape[1] if self._source.kind == "mean-per-position" else None)
-        return jnp.broadcast_to(mean, (batch.n_rows, *mean.shape[1:]))
+        return batch.source_run(jnp.broadcast_to(mean, (batch.n_rows, *mean.shape[1:])))
 
     def _mean(self, length: int | None) -> Array:
         """Mean writer values over the reference prompts: per position over those of this length, or over everything."""
@@ -165,7 +163,7 @@ class JaxEngine:
                 total = summed if total is None else total + summed
                 count += values.shape[0] * (1 if length is not None else values.shape[2])
         if total is None:
-            raise TaskError(f"mean per position: no reference prompt has {length} tokens; give data with prompts of every length in use")
+            raise no_prompt_to_average(length)
         return total / count
 
     @property

@@ -17,13 +17,42 @@ from jax import Array, lax
 
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._run import Run, Tape, grown, keep
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+class SourceStreams(eqx.Module):
+    """The streams that readers would see in the source run; per stack those before each layer's attention and its MLP.
+
+    `span` is the positions, or 1 where all are alike.
+    """
+
+    before_attention: tuple[Float[Array, "layers span d_model"], ...]
+    before_mlp: tuple[Float[Array, "layers span d_model"], ...]
+    end: Float[Array, "span d_model"]
+
+    @classmethod
+    def of(cls, decoder: Decoder, values: Float[Array, "writers span d_model"]) -> SourceStreams:
+        """From what the writers say there."""
+        stream, before_attention, before_mlp = values[0], [], []
+        for stack, place in zip(decoder.stacks, decoder.places, strict=True):
+            said = values[place.writer : place.end_writer].reshape(place.n_layers, place.n_writers, *values.shape[1:])
+            n_heads = stack.attention.n_heads if stack.attention else 0
+            heads, mlps = said[:, :n_heads].sum(1), said[:, n_heads:].sum(1)
+            constants = None if stack.attention is None else jax.vmap(lambda attention: attention.constant)(stack.attention)
+            heads = heads if constants is None else heads + constants[:, None]
+            ends = stream + jnp.cumsum(heads + mlps, axis=0)
+            starts = jnp.concatenate([stream[None], ends[:-1]])
+            before_attention.append(starts)
+            before_mlp.append(starts if stack.is_parallel else starts + heads)
+            stream = ends[-1]
+        return cls(tuple(before_attention), tuple(before_mlp), stream)
+
+
 class Edges(eqx.Module):
-    """A mask, ready to be read through."""
+    """Some readers' rows of a mask, ready to be read through."""
 
     coefficients: Float[Array, "readers writers"]
     from_live: Bool[Array, " readers"]
@@ -38,73 +67,74 @@ class Edges(eqx.Module):
         return Edges(self.coefficients[readers], self.from_live[readers])
 
     def read(
-        self,
-        stream: Float[Array, "position d_model"],
-        source: Float[Array, "span d_model"],
-        bank: Float[Array, "writers position d_model"],
+        self, stream: Float[Array, "position d_model"], source: Float[Array, "span d_model"], bank: Float[Array, "writers position d_model"]
     ) -> Float[Array, "readers position d_model"]:
         """The readers' inputs."""
         mixed = self.coefficients @ bank.reshape(len(bank), -1)  # one plain matrix product: einsum would transpose the bank
         return mixed.reshape(-1, *stream.shape) + jnp.where(self.from_live[:, None, None], stream, source)
 
 
-class Source(eqx.Module):
-    """What the writers said in the source run, and the streams that readers would see there. `span` is the positions, or 1
-    where all are alike."""
+class Masking(eqx.Module):
+    """All edges under a mask, with the source streams that readers fall back to."""
 
-    values: Float[Array, "writers span d_model"]
-    before_attention: tuple[Float[Array, "layers span d_model"], ...]
-    before_mlp: tuple[Float[Array, "layers span d_model"], ...]
-    end: Float[Array, "span d_model"]
+    edges: Edges
+    streams: SourceStreams
 
-    @classmethod
-    def of(
-        cls,
-        decoder: Decoder,
-        values: Float[Array, "writers span d_model"],
-    ) -> Source:
-        stream, before_attention, before_mlp = values[0], [], []
-        for stack, place in zip(decoder.stacks, decoder.places, strict=True):
-            said = values[place.writer : place.end_writer].reshape(place.n_layers, place.n_writers, *values.shape[1:])
-            n_heads = stack.attention.n_heads if stack.attention else 0
-            heads, mlps = said[:, :n_heads].sum(1), said[:, n_heads:].sum(1)
-            constants = None if stack.attention is None else jax.vmap(lambda attention: attention.constant)(stack.attention)
-            heads = heads if constants is None else heads + constants[:, None]
-            ends = stream + jnp.cumsum(heads + mlps, axis=0)
-            starts = jnp.concatenate([stream[None], ends[:-1]])
-            before_attention.append(starts)
-            before_mlp.append(starts if stack.is_parallel else starts + heads)
-            stream = ends[-1]
-        return cls(values, tuple(before_attention), tuple(before_mlp), stream)
+    def steps(self, decoder: Decoder, number: int) -> LayerMasking:
+        """Of a stack, with a leading axis of layers; its edges come from the writers up to the stack's end."""
+        place = decoder.places[number]
+        part, shape = self.edges[place.reader : place.end_reader], (place.n_layers, place.n_readers)
+        rows = Edges(part.coefficients[:, : place.end_writer].reshape(*shape, -1), part.from_live.reshape(shape))
+        return LayerMasking(rows, self.streams.before_attention[number], self.streams.before_mlp[number])
+
+    @property
+    def end(self) -> Edges:
+        """The logits' row."""
+        return self.edges[-1:]
+
+    def read_end(self, stream: Array, bank: Array) -> Float[Array, "position d_model"]:
+        """The logits' input."""
+        return self.end.read(stream, self.streams.end, bank)[0]
 
 
-class Tape(eqx.Module):
-    """What the backward pass needs of each layer of a stack (`None` where the layer has no such joint)."""
+class LayerMasking(eqx.Module):
+    """The edges into one layer."""
 
-    before_attention: Float[Array, "position d_model"]
-    projected: Float[Array, "readers position head_dim"] | None
-    before_mlp: Float[Array, "position d_model"]
-    hidden: tuple[Float[Array, "position width"], ...] | None
+    edges: Edges
+    before_attention: Float[Array, "span d_model"]
+    before_mlp: Float[Array, "span d_model"]
+
+    def read_attention(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "readers position d_model"]:
+        return self.of_attention(layer).read(stream, self.before_attention, bank)
+
+    def read_mlp(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "position d_model"]:
+        return self.of_mlp(layer).read(stream, self.before_mlp, bank)[0]
+
+    def of_attention(self, layer: Layer) -> Edges:
+        return self.edges[: layer.n_attention_readers]
+
+    def of_mlp(self, layer: Layer) -> Edges:
+        return self.edges[layer.n_attention_readers :]
 
 
-class Run(eqx.Module):
-    """A finished run: the logits' input, every writer's difference, and per stack the tape of its layers."""
+class Step(eqx.Module):
+    """What one layer's step is given; with a leading axis, what a scan over a stack runs over."""
 
-    end: Float[Array, "position d_model"]
-    bank: Float[Array, "writers position d_model"]
-    tapes: tuple[Tape, ...]
+    layer: Layer
+    masking: LayerMasking
+    first_writer: Int[Array, ""]
 
 
-def forward(decoder: Decoder, embedding: Float[Array, "position d_model"], source: Source, edges: Edges | None) -> Run:
-    """The run of one prompt under a mask; `None` is the model itself, where all readers see the one live stream."""
-    stream, bank, tapes = embedding, (embedding - source.values[0])[None], []
+def forward(
+    decoder: Decoder, embedding: Float[Array, "position d_model"], source: Float[Array, "writers span d_model"], masking: Masking
+) -> Run:
+    """The run of one prompt under a mask."""
+    stream, bank, tapes = embedding, (embedding - source[0])[None], []
     for number, place in enumerate(decoder.places):
-        bank = jnp.concatenate([bank, jnp.zeros((place.end_writer - place.writer, *stream.shape), stream.dtype)])
-        (stream, bank), tape = lax.scan(
-            lambda carry, here: _layer(*carry, source.values, here), (stream, bank), inputs(decoder, source, edges, number)
-        )
+        bank = grown(bank, place)
+        (stream, bank), tape = lax.scan(lambda carry, here: _layer(*carry, source, here), (stream, bank), _steps(decoder, masking, number))
         tapes.append(tape)
-    return Run(read(None if edges is None else edges[-1:], stream, source.end, bank)[0], bank, tuple(tapes))
+    return Run(masking.read_end(stream, bank), bank, tuple(tapes))
 
 
 def forward_from(
@@ -112,81 +142,42 @@ def forward_from(
     start: Int[Array, ""],
     stream: Float[Array, "position d_model"],
     differences: Float[Array, "writers position d_model"],
-    source: Source,
-    edges: Edges | None,
+    source: Float[Array, "writers span d_model"],
+    masking: Masking,
 ) -> Float[Array, "position d_model"]:
     """The logits' input of a run that is the model's own up to layer `start`; `stream` is the stream there, `differences` are those of
     the model's own run."""
     bank = differences[:1]
     for number, place in enumerate(decoder.places):
-        stack = inputs(decoder, source, edges, number)
+        steps = _steps(decoder, masking, number)
 
-        def step(at: Int[Array, ""], carry: tuple[Array, Array], stack: Inputs = stack) -> tuple[Array, Array]:
-            here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), stack)
-            return _layer(*carry, source.values, here)[0]
+        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: Step = steps) -> tuple[Array, Array]:
+            here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps)
+            return _layer(*carry, source, here)[0]
 
         bank = jnp.concatenate([bank, differences[place.writer : place.end_writer]])
         stream, bank = lax.fori_loop(jnp.clip(start - place.layer, 0, place.n_layers), place.n_layers, step, (stream, bank))
-    return read(None if edges is None else edges[-1:], stream, source.end, bank)[0]
+    return masking.read_end(stream, bank)
 
 
-class Inputs(eqx.Module):
-    """What one layer's step is given; with a leading axis, what a scan over a stack's layers runs over."""
-
-    layer: Layer
-    edges: Edges | None
-    before_attention: Float[Array, "span d_model"]
-    before_mlp: Float[Array, "span d_model"]
-    first_writer: Int[Array, ""]
+def _steps(decoder: Decoder, masking: Masking, number: int) -> Step:
+    return Step(decoder.stacks[number], masking.steps(decoder, number), decoder.places[number].first_writers)
 
 
-def inputs(decoder: Decoder, source: Source, edges: Edges | None, number: int) -> Inputs:
-    """Of a stack, with a leading axis of layers; its edges come from the writers up to the stack's end."""
-    place = decoder.places[number]
-    rows = None
-    if edges is not None:
-        part = edges[place.reader : place.end_reader]
-        shape = (place.n_layers, place.n_readers)
-        rows = Edges(part.coefficients[:, : place.end_writer].reshape(*shape, -1), part.from_live.reshape(shape))
-    return Inputs(
-        decoder.stacks[number],
-        rows,
-        source.before_attention[number],
-        source.before_mlp[number],
-        place.writer + jnp.arange(place.n_layers) * place.n_writers,
-    )
-
-
-def _layer(
-    stream: Array,
-    bank: Array,
-    source: Float[Array, "writers span d_model"],
-    here: Inputs,
-) -> tuple[tuple[Array, Array], Tape]:
-    layer, writer, edges = here.layer, here.first_writer, here.edges
-    n_readers, n_heads = (layer.attention.n_readers, layer.attention.n_heads) if layer.attention else (0, 0)
+def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_model"], here: Step) -> tuple[tuple[Array, Array], Tape]:
+    layer, writer = here.layer, here.first_writer
     before, after, projected, hidden = stream, stream, None, None
     if layer.attention is not None:
-        x = read(None if edges is None else edges[:n_readers], before, here.before_attention, bank)
-        projected = layer.attention.project(x)
+        projected = layer.attention.project(here.masking.read_attention(layer, before, bank))
         mixed = layer.attention.mix(projected)
-        bank = _keep(bank, layer.attention.write_each(mixed), source, writer)
+        written = layer.attention.write_each(mixed)
+        bank = keep(bank, written - lax.dynamic_slice_in_dim(source, writer, len(written)), writer)
         after = before + layer.attention.write(mixed)
     before_mlp = before if layer.is_parallel else after
     if layer.mlp is not None:
-        x = read(None if edges is None else edges[n_readers:], before_mlp, here.before_mlp, bank)[0]
-        hidden = layer.mlp.expand(x)
+        hidden = layer.mlp.expand(here.masking.read_mlp(layer, before_mlp, bank))
         written = layer.mlp.contract(hidden)
-        bank = _keep(bank, written[None], source, writer + n_heads)
+        at = writer + layer.n_heads
+        bank = keep(bank, written[None] - lax.dynamic_slice_in_dim(source, at, 1), at)
         after = after + written
     return (after, bank), Tape(before, projected, before_mlp, hidden)
-
-
-def read(edges: Edges | None, stream: Array, source: Array, bank: Array) -> Float[Array, "readers position d_model"]:
-    """The inputs of some readers; the one that all share where there is no mask."""
-    return stream[None] if edges is None else edges.read(stream, source, bank)
-
-
-def _keep(bank: Array, written: Float[Array, "some position d_model"], source: Array, at: Int[Array, ""]) -> Array:
-    said = lax.dynamic_slice_in_dim(source, at, len(written))
-    return lax.dynamic_update_slice_in_dim(bank, written - said, at, 0)

@@ -207,9 +207,17 @@ class Layer(eqx.Module):
         return after if self.mlp is None else after + self.mlp(x if self.is_parallel else after)
 
     @property
+    def n_heads(self) -> int:
+        return self.attention.n_heads if self.attention else 0
+
+    @property
+    def n_attention_readers(self) -> int:
+        return self.attention.n_readers if self.attention else 0
+
+    @property
     def n_readers(self) -> int:
-        return (self.attention.n_readers if self.attention else 0) + (self.mlp is not None)
+        return self.n_attention_readers + (self.mlp is not None)
 
     @property
     def n_writers(self) -> int:
-        return (self.attention.n_heads if self.attention else 0) + (self.mlp is not None)
+        return self.n_heads + (self.mlp is not None)

@@ -19,7 +19,7 @@ from circuitgraph_jax._batch import Parts
 from circuitgraph_jax._devices import precisely
 from circuitgraph_jax._engine import JaxEngine
 from circuitgraph_jax._load import Checkpoint
-from circuitgraph_jax._queries import plain_logits
+from circuitgraph_jax._queries import plain_logits, source_streams
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -92,8 +92,8 @@ def _against_original(
     if not error <= tolerance:
         raise TraceError(
             f"{checkpoint.name}: the JAX model differs from {name}: logits by {error:.1e} of the largest, allowed {tolerance:.0e}; the "
-            "description (its patterns, feed-forward layers, scales) does not fit the model: correct it and hand it over as architecture=, "
-            "or use backend='torch', which runs the model's own code"
+            "description (its patterns, feed-forward layers, scales) does not fit the model: correct it and hand it over as architecture="
+            + ("" if checkpoint.forward is not None else ", or use backend='torch', which runs the model's own code")
         )
     return name, error, tolerance
 
@@ -138,7 +138,7 @@ def _stream_error(engine: JaxEngine) -> float:
     errors = [0.0]
     for batch in engine.batches:
         run = batch.live
-        summed = batch.source_run(run.values)
+        summed = source_streams(batch.decoder, run.values)
         starts = np.concatenate([np.asarray(part) for part in summed.before_attention] + [np.asarray(summed.end)[:, None]], axis=1)
         errors.append(relative(starts, np.asarray(run.streams)))
     return float(np.max(errors))

@@ -10,19 +10,27 @@ import jax.numpy as jnp
 from jax import Array
 
 from circuitgraph._metrics import Metric, Target, log_softmax
-from circuitgraph_jax._backward import end_of_run
+from circuitgraph_jax._backward import LiveRun, MaskedRun, RunBeside, end_of_run
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import Edges, Source, forward, forward_from
+from circuitgraph_jax._forward import Edges, Masking, SourceStreams, forward, forward_from
+from circuitgraph_jax._live import live_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class LiveRun(eqx.Module):
+class Live(eqx.Module):
     """The model's own run: what the writers say, and the stream before each layer and at the end."""
 
     values: Float[Array, "prompts writers position d_model"]
     streams: Float[Array, "prompts ends position d_model"]
+
+
+class Source(eqx.Module):
+    """The source run: what the writers say there, and what readers would see. `span` is the positions, or 1 where all are alike."""
+
+    values: Float[Array, "prompts writers span d_model"]
+    streams: SourceStreams
 
 
 class Question(eqx.Module):
@@ -59,39 +67,41 @@ def last_log_probs(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> 
 
 
 @eqx.filter_jit
-def live_run(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> LiveRun:
+def live(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Live:
     """What every writer says in the model's own run."""
 
-    def one(ids: Array) -> LiveRun:
+    def one(ids: Array) -> Live:
         x = decoder.embed(ids)
-        nothing = Source.of(decoder, jnp.zeros((decoder.visible.shape[1], 1, x.shape[-1]), x.dtype))
-        run = forward(decoder, x, nothing, None)
-        return LiveRun(run.bank, jnp.concatenate([*(tape.before_attention for tape in run.tapes), run.end[None]]))
+        run = live_run(decoder, x, jnp.zeros((decoder.visible.shape[1], 1, x.shape[-1]), x.dtype))
+        return Live(run.bank, jnp.concatenate([*(tape.before_attention for tape in run.tapes), run.end[None]]))
 
     return jax.vmap(one)(tokens)
 
 
 @eqx.filter_jit
-def source_run(decoder: Decoder, values: Float[Array, "prompts writers span d_model"]) -> Source:
-    """Writer values, ready to be patched in."""
-    return jax.vmap(lambda said: Source.of(decoder, said))(values)
+def source_streams(decoder: Decoder, values: Float[Array, "prompts writers span d_model"]) -> SourceStreams:
+    """What readers would see where every writer says these values."""
+    return jax.vmap(lambda said: SourceStreams.of(decoder, said))(values)
 
 
 @eqx.filter_jit
 def differences(
-    values: Float[Array, "prompts writers position d_model"], source: Source
+    values: Float[Array, "prompts writers position d_model"], source: Float[Array, "prompts writers span d_model"]
 ) -> Float[Array, "prompts writers position d_model"]:
     """`live - source` of the model's own run."""
-    return values - source.values
+    return values - source
 
 
 @eqx.filter_jit
 def masked_bank(
-    decoder: Decoder, mask: Float[Array, "readers writers"] | None, tokens: Int[Array, "prompts position"], source: Source
+    decoder: Decoder, mask: Float[Array, "readers writers"], tokens: Int[Array, "prompts position"], source: Source
 ) -> Float[Array, "prompts writers position d_model"]:
     """Every writer's difference `live - source` in the run under a mask."""
-    edges = _edges(decoder, mask, len(tokens))
-    return jax.vmap(lambda ids, source, edges: forward(decoder, decoder.embed(ids), source, edges).bank)(tokens, source, edges)
+
+    def one(ids: Array, said: Array, masking: Masking) -> Array:
+        return forward(decoder, decoder.embed(ids), said, masking).bank
+
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source))
 
 
 @eqx.filter_jit
@@ -100,10 +110,10 @@ def masked_logits(
 ) -> Float[Array, "prompts position vocabulary"]:
     """All logits of the run under a mask."""
 
-    def one(ids: Array, source: Source, edges: Edges | None) -> Array:
-        return decoder.logits(forward(decoder, decoder.embed(ids), source, edges).end)
+    def one(ids: Array, said: Array, masking: Masking) -> Array:
+        return decoder.logits(forward(decoder, decoder.embed(ids), said, masking).end)
 
-    return jax.vmap(one)(tokens, source, _edges(decoder, mask, len(tokens)))
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source))
 
 
 @eqx.filter_jit
@@ -119,45 +129,83 @@ def evaluate(
 ) -> Float[Array, "lanes prompts"]:
     """`F` of masks that differ from 1 in layer `start` or later only. `streams` and `differences` are those of the model's own run."""
 
-    def one(edges: Edges | None, streams: Array, differences: Array, source: Source, question: Question) -> Array:
-        end = forward_from(decoder, start, streams[start], differences, source, edges)
+    def one(masking: Masking, streams: Array, differences: Array, said: Array, question: Question) -> Array:
+        end = forward_from(decoder, start, streams[start], differences, said, masking)
         return question.measure(decoder, metric, end[-1])
 
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_edges(decoder, mask, len(streams)), streams, differences, source, question)
+        return jax.vmap(one)(_masking(decoder, mask, source), streams, differences, source.values, question)
 
     return jax.vmap(lane)(masks)
 
 
 @eqx.filter_jit
-def gradient(
+def masked_gradient(
     decoder: Decoder,
     metric: Metric,
-    mask: Float[Array, "readers writers"] | None,
     tokens: Int[Array, "prompts position"],
     mix: Float[Array, ""],
+    mask: Float[Array, "readers writers"],
     source: Source,
     directions: Float[Array, "prompts writers position d_model"] | None,
     question: Question,
 ) -> Float[Array, "prompts readers writers"]:
-    """`dF/dm` per prompt, the embedding being `source + mix * (clean - source)`; see `circuitgraph_jax._backward.end_of_run`."""
+    """`dF/dm` per prompt under a mask, the embedding being `source + mix * (clean - source)`; `directions` as in `end_of_run`."""
 
-    def one(ids: Array, source: Source, edges: Edges | None, directions: Array | None, question: Question) -> Array:
-        x = source.values[0] + mix * (decoder.embed(ids) - source.values[0])
+    def one(ids: Array, said: Array, masking: Masking, directions: Array | None, question: Question) -> Array:
+        planned = MaskedRun(_mixed(decoder, ids, said, mix), said, masking)
+        return _scores(decoder, metric, planned, directions, question)
 
-        def measured(nudges: Array) -> Array:
-            return question.measure(decoder, metric, end_of_run(nudges, decoder, x, source, edges, directions)[-1])
-
-        value, pull = jax.vjp(measured, jnp.zeros(decoder.visible.shape, x.dtype))
-        scores: Array = pull(jnp.ones_like(value))[0]
-        return scores
-
-    return jax.vmap(one)(tokens, source, _edges(decoder, mask, len(tokens)), directions, question)
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source), directions, question)
 
 
-def _edges(decoder: Decoder, mask: Float[Array, "readers writers"] | None, n_prompts: int) -> Edges | None:
-    """One copy of the edges per prompt: reading through them is then a plain product of matrices for each, in the bank's own order."""
-    if mask is None:
-        return None
+@eqx.filter_jit
+def live_gradient(
+    decoder: Decoder,
+    metric: Metric,
+    tokens: Int[Array, "prompts position"],
+    mix: Float[Array, ""],
+    source: Float[Array, "prompts writers span d_model"],
+    directions: Float[Array, "prompts writers position d_model"] | None,
+    question: Question,
+) -> Float[Array, "prompts readers writers"]:
+    """`dF/dm` per prompt at `m = 1`, the embedding being `source + mix * (clean - source)`; `directions` as in `end_of_run`."""
+
+    def one(ids: Array, said: Array, directions: Array | None, question: Question) -> Array:
+        return _scores(decoder, metric, LiveRun(_mixed(decoder, ids, said, mix), said), directions, question)
+
+    return jax.vmap(one)(tokens, source, directions, question)
+
+
+@eqx.filter_jit
+def gradient_beside(
+    decoder: Decoder, metric: Metric, tokens: Int[Array, "prompts position"], others: Int[Array, "prompts position"], question: Question
+) -> Float[Array, "prompts readers writers"]:
+    """`dF/dm` per prompt at `m = 1`, the source being the model's own run on other prompts, which is made on the way."""
+
+    def one(ids: Array, other: Array, question: Question) -> Array:
+        return _scores(decoder, metric, RunBeside(decoder.embed(ids), decoder.embed(other)), None, question)
+
+    return jax.vmap(one)(tokens, others, question)
+
+
+def _scores(
+    decoder: Decoder, metric: Metric, planned: MaskedRun | LiveRun | RunBeside, directions: Array | None, question: Question
+) -> Float[Array, "readers writers"]:
+    def measured(nudges: Array) -> Array:
+        return question.measure(decoder, metric, end_of_run(nudges, decoder, planned, directions)[-1])
+
+    value, pull = jax.vjp(measured, jnp.zeros(decoder.visible.shape, planned.embedding.dtype))
+    scores: Array = pull(jnp.ones_like(value))[0]
+    return scores
+
+
+def _mixed(decoder: Decoder, ids: Int[Array, " position"], said: Float[Array, "writers span d_model"], mix: Float[Array, ""]) -> Array:
+    return said[0] + mix * (decoder.embed(ids) - said[0])
+
+
+def _masking(decoder: Decoder, mask: Float[Array, "readers writers"], source: Source) -> Masking:
+    """With one copy of the edges per prompt: reading through them is then a plain product of matrices for each, in the bank's own order."""
     one = Edges.of(mask, decoder.visible)
-    return Edges(*(jnp.broadcast_to(a, (n_prompts, *a.shape)) for a in (one.coefficients, one.from_live)))
+    coefficients, from_live = (jnp.broadcast_to(a, (len(source.values), *a.shape)) for a in (one.coefficients, one.from_live))
+    return Masking(Edges(coefficients, from_live), source.streams)

@@ -79,7 +79,7 @@ class JaxModel:
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)
         check_lengths(pairs, self._parts)
-        out = np.empty((len(pairs), self.architecture.vocabulary), dtype=np.float32)
+        out = np.empty((len(pairs), self.architecture.vocabulary), dtype=self._parts.wide)
         with precisely(self._parts.dtype):
             for bucket in pairs.buckets():
                 out[bucket.index] = self._original(bucket.clean)[:, -1]
@@ -99,6 +99,7 @@ def trace(
     architecture: Architecture | None = None,
     per_head_kv: bool = False,
     dtype: str | None = None,
+    device: str | None = None,
     devices: Sequence[jax.Device] | str | None = None,
     tokenizer: Any | None = None,
 ) -> JaxModel:
@@ -106,7 +107,8 @@ def trace(
 
     `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, a live PyTorch or nnsight model, or, with an `architecture`
     that describes it, an Equinox module or any other pytree of arrays. `dtype`: float32 unless the weights are float64. `devices`: what
-    prompts and lanes are shared out to, or a platform such as "gpu"; all of the default platform unless given.
+    prompts and lanes are shared out to, or a platform such as "gpu"; all of the default platform unless given. `device`: the platform, by
+    the name that every backend has for it.
     Raises `TraceError` naming the joint that JAX does not have yet, the tensor that is missing, or how far the logits are off. Warns when
     there is nothing to prove the model against: no PyTorch, and no witness file beside the weights.
     """
@@ -115,7 +117,9 @@ def trace(
     chosen = _dtype(dtype, tensors, described)
     with precisely(chosen):
         decoder = build(described, tensors, per_head_kv=per_head_kv, dtype=chosen)
-        parts = Parts(Sites.of(described.graph(per_head_kv=per_head_kv), described), decoder, _devices(devices))
+        parts = Parts(
+            Sites.of(described.graph(per_head_kv=per_head_kv), described), decoder, _devices(device if devices is None else devices)
+        )
         proof = prove(parts, described, checkpoint, untouched(parts, checkpoint.forward))
     return JaxModel(checkpoint.name, checkpoint.tokenizer, described, proof, parts, checkpoint.weights, checkpoint.forward)
 
@@ -143,7 +147,7 @@ def _described(checkpoint: Checkpoint, architecture: Architecture | None) -> tup
         return architecture, with_prefix(tensors, architecture.embedding)
     named = with_prefix(tensors, embedding_path(config))
     if config.get("tie_word_embeddings"):
-        named.pop("lm_head.weight", None)  # the embedding's weight counts, whatever the file holds
+        named["lm_head.weight"] = tensor(named, f"{embedding_path(config)}.weight")  # whatever the file holds
     return describe(config, {name: value.shape for name, value in named.items()}), named
 
 

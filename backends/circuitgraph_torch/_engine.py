@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitgraph._engine import Source, WriterValues, check_gradient, check_reversible, checked_mask
-from circuitgraph._errors import CircuitGraphError, TaskError
+from circuitgraph._engine import (
+    Source,
+    WriterValues,
+    check_gradient,
+    check_reversible,
+    check_source_values,
+    checked_mask,
+    no_prompt_to_average,
+)
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
@@ -39,8 +46,9 @@ class TorchWriterValues:
 
     def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
         batch, row = self.places[prompt]
-        values: Float[ndarray, "writers position d_model"] = self.batches[batch][:, row].float().cpu().numpy()
-        return values
+        values = self.batches[batch][:, row]
+        said: Float[ndarray, "writers position d_model"] = (values if values.element_size() >= 4 else values.float()).cpu().numpy()
+        return said
 
 
 class TorchEngine:
@@ -90,7 +98,7 @@ class TorchEngine:
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        checked = self._masks(masks, len(masks))
+        checked = self._masks(masks, 1)
         out = np.empty((len(checked), self.n_prompts))
         with undisturbed(self._parts.model):
             for number, batch in enumerate(self.batches):
@@ -136,8 +144,7 @@ class TorchEngine:
     def _own_values(self, values: WriterValues, number: int) -> Tensor:
         """Somebody's writer values for one of our batches."""
         batch = self.batches[number]
-        if len(values) != self.n_prompts:
-            raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {self.n_prompts}")
+        check_source_values(values, self.n_prompts)
         if isinstance(values, TorchWriterValues) and len(values.batches) == len(self.batches):
             if all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index)):
                 return values.batches[number]
@@ -166,7 +173,7 @@ class TorchEngine:
                 total = summed if total is None else total + summed
                 count += values.shape[1] * (1 if length is not None else values.shape[2])
         if total is None:
-            raise TaskError(f"mean per position: no reference prompt has {length} tokens; give data with prompts of every length in use")
+            raise no_prompt_to_average(length)
         return total / count
 
     @property

@@ -76,10 +76,12 @@ class TorchModel:
         return TorchEngine(self._parts, pairs, metric_named(metric), wanted)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
-        out = np.empty((len(pairs), self.architecture.vocabulary), dtype=np.float32)
+        check_vocabulary(pairs, self.architecture.vocabulary)
+        is_double = next(self.module.parameters()).dtype == torch.float64
+        out = np.empty((len(pairs), self.architecture.vocabulary), dtype=np.float64 if is_double else np.float32)
         for bucket in pairs.buckets():
             ids = torch.from_numpy(bucket.clean).to(self._parts.device)
-            out[bucket.index] = original_logits(self.module, ids)[:, -1].float().cpu().numpy()
+            out[bucket.index] = original_logits(self.module, ids)[:, -1].to(torch.float64 if is_double else torch.float32).cpu().numpy()
         return out
 
     def checks(self, pairs: PromptPairs) -> Iterator[Check]:
