@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_chec
 
 import numpy as np
 
-from circuitgraph._errors import CircuitGraphError, DegenerateError, unknown_name
+from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
@@ -185,13 +185,23 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
 
 def checked_mask(mask: Any, shape: tuple[int, ...]) -> Float[ndarray, ...]:
     """A mask, or a stack of them if `shape` has three axes (its first counts for nothing). Raises `CircuitGraphError`."""
-    checked = np.asarray(mask)
+    try:
+        checked = np.asarray(mask)
+        checked = checked if checked.dtype.kind in "biuf" else checked.astype(float)
+    except (TypeError, ValueError):
+        raise CircuitGraphError(f"mask: {mask!r}; expected an array of numbers, 1 for live and 0 for source") from None
     if checked.ndim != len(shape) or checked.shape[-2:] != shape[-2:]:
         wanted = "[lanes, readers, writers]" if len(shape) == 3 else "[readers, writers]"
         raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {shape[-2:]} readers and writers")
     if not np.isfinite(checked).all():
         raise CircuitGraphError("mask: it holds NaN or infinity; expected finite numbers, 1 for live and 0 for source")
     return checked
+
+
+def check_source_values(values: WriterValues, n_prompts: int) -> None:
+    """Raises `CircuitGraphError` for writer values of another number of prompts than the engine has."""
+    if len(values) != n_prompts:
+        raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {n_prompts}")
 
 
 def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float) -> None:
@@ -205,6 +215,11 @@ def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], grap
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "
             "use logit_diff or prob_diff, or a method that works with it: acdc or activation-patching"
         )
+
+
+def no_prompt_to_average(length: int | None) -> TaskError:
+    """The error for a mean per position over no prompt."""
+    return TaskError(f"mean per position: no reference prompt has {length} tokens; give data with prompts of every length in use")
 
 
 def check_reversible(source: Source) -> None:

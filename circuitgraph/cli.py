@@ -82,6 +82,7 @@ Seed = Annotated[int, typer.Option("--seed", "-s", min=0, help="Which prompts ar
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 PerHead = Annotated[bool, typer.Option("--per-head-kv", help="Give every head its own k and v input in grouped-query attention.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Backend = Annotated[str, typer.Option("--backend", "-b", help="What computes: torch or jax.")]
 Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
 Threshold = Annotated[
     float | None,
@@ -107,6 +108,7 @@ def discover(
         str | None, typer.Option(help="logit_diff, kl, prob_diff or nll (default: the algorithm's, else the task's).")
     ] = None,
     source: Annotated[str, typer.Option(help="What patched edges carry: corrupted, zero, mean or mean-per-position.")] = "corrupted",
+    backend: Backend = "torch",
     per_head_kv: PerHead = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")] = False,
     device: Device = None,
@@ -120,9 +122,9 @@ def discover(
     load_task(task)  # before the model, which takes longer
     with _progress() as tell:
         tell(0.0, "tracing the model")
-        traced = _trace(model, per_head_kv, device, dtype)
+        traced = _trace(model, backend, per_head_kv, device, dtype)
         circuit, report = _discover.find(
-            traced, task, method, prompts=prompts, seed=seed, backend="torch", metric=metric, source=origin, progress=tell, choose=choose
+            traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose
         )
         with result_folder(output, force=force) as folder:
             _write(circuit, report, folder)
@@ -171,17 +173,18 @@ def evaluate_file(
     task: Annotated[str | None, typer.Option("--task", "-t", help="Another task.")] = None,
     prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", min=0, help="Another seed draws prompts that discovery has not seen.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", "-b", help="What computes: torch or jax (default: what found it).")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a circuit again: by default with the model, task, prompts and seed it was found with."""
+    """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
     circuit = _load(file)
     found = circuit.provenance
-    name = model or _found(found, "model", file)
+    name, how = model or _found(found, "model", file), _part(found, "model")
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
     report = evaluate(
-        _trace(name, per_head_kv, device, dtype or _part(found, "model").get("dtype")),
+        _trace(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
         task or _found(found, "task", file),
         circuit,
         prompts=prompts or (None if task else found.get("prompts")),
@@ -197,13 +200,14 @@ def evaluate_file(
 def trace(
     model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, GGUF file or zoo: name.")],
     architecture: Annotated[bool, typer.Option("--architecture", help="Print the wiring that was found, as JSON.")] = False,
+    backend: Backend = "torch",
     per_head_kv: PerHead = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Find a model's wiring, print the size of its graph and the proof that the replay is the model."""
-    traced = _trace(model, per_head_kv, device, dtype)
+    traced = _trace(model, backend, per_head_kv, device, dtype)
     if architecture:
         typer.echo(traced.architecture.to_json())
         return
@@ -253,9 +257,9 @@ def _algorithm(name: str, threshold: float | None, top: int | None) -> tuple[Any
     return _plugins.new_algorithm(name, **({} if threshold is None else {"threshold": threshold})), None
 
 
-def _trace(model: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
+def _trace(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
     options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype}
-    return _discover.trace(model, **{name: value for name, value in options.items() if value is not None})
+    return _discover.trace(model, backend=backend, **{name: value for name, value in options.items() if value is not None})
 
 
 def _write(circuit: Circuit, report: Report, folder: Path) -> None:

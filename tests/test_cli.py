@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, how it refuses. A numpy model stands in for the backend, except at the end."""
+"""The command line: what it prints, what it writes, how it refuses; with every backend where that could matter, else with the reference."""
 
 from __future__ import annotations
 
@@ -14,40 +14,47 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from engines import BACKENDS, every_backend, with_reference
+from twins import small_model
 from typer.testing import CliRunner
 
-from circuitgraph import ACDC, Circuit, CircuitGraphError, _plugins, cli
+from circuitgraph import ACDC, Circuit, CircuitGraphError, _discover, _plugins, cli
 from circuitgraph.evaluation._question import Question
-from circuitgraph.testing import ReferenceModel, ReferenceTrace
 
 Run = Callable[..., Result]
-DISCOVER = ("discover", "induction", "--model", "reference", "--metric", "kl", "-n", "6")
+MODEL = "<the model>"  # stands for a folder that every backend can load
+DISCOVER = ("discover", "induction", "--model", MODEL, "--metric", "kl", "--backend", "reference", "-n", "6")
 FILES = {"circuit.json", "circuit.svg", "circuit.dot", "report.json"}
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def traced(model: Any, *, backend: str = "torch", **options: Any) -> ReferenceTrace:
-        if isinstance(model, ReferenceTrace):
-            return model
-        if model not in ("reference", "reference-0"):
-            raise CircuitGraphError(f"unknown model {model!r}")
-        return ReferenceTrace(ReferenceModel.random(seed=0, n_layers=1, vocabulary=24), per_head_kv=options.get("per_head_kv", False))
-
-    monkeypatch.setattr(_plugins, "traced", traced)
+def _in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_reference(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "small-llama"
+    small_model("llama", n_layers=1).save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
-def run() -> Run:
-    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+def run(folder: str) -> Run:
+    return lambda *arguments: CliRunner().invoke(cli.app, [folder if argument is MODEL else str(argument) for argument in arguments])
 
 
+def discover_with(backend: str) -> tuple[str, ...]:
+    return tuple(backend if word == "reference" else word for word in DISCOVER)
+
+
+@every_backend
 @pytest.mark.parametrize(
     "algorithm", [("acdc", "--threshold", "0.001"), ("acdc",), ("activation-patching", "--top", "12"), ("activation-patching",)]
 )
-def test_discover_writes_and_reports(run: Run, tmp_path: Path, algorithm: tuple[str, ...]) -> None:
-    result = run(*DISCOVER, "-o", "out", "--json", "--algorithm", *algorithm)
+def test_discover_writes_and_reports(run: Run, tmp_path: Path, folder: str, backend: str, algorithm: tuple[str, ...]) -> None:
+    result = run(*discover_with(backend), "-o", "out", "--json", "--algorithm", *algorithm)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     wanted = {"task_accuracy", "edges_total", "edges_kept", "faithfulness", "metric_clean", "metric_corrupted", "metric_circuit", "seconds"}
@@ -56,13 +63,16 @@ def test_discover_writes_and_reports(run: Run, tmp_path: Path, algorithm: tuple[
     circuit = Circuit.load("out/circuit.json")
     assert circuit.n_edges == found["edges_kept"]
     assert circuit.provenance["metric_circuit"] == found["metric_circuit"]
+    assert circuit.provenance["model"]["backend"] == backend
+    assert circuit.provenance["model"]["name"] == found["model"] == folder
     assert json.loads(Path("out/report.json").read_text())["faithfulness"] == found["faithfulness"]
     assert Path("out/circuit.svg").read_text().rstrip().endswith("</svg>")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_discover_found_can_be_shown_and_evaluated(run: Run) -> None:
-    assert run(*DISCOVER, "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
+@every_backend
+def test_what_discover_found_can_be_shown_and_evaluated(run: Run, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*discover_with(backend), "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
     circuit = Circuit.load("out/circuit.json")
     listing = run("show", "out", "-o", "again.svg")
     assert listing.exit_code == 0
@@ -76,24 +86,47 @@ def test_what_discover_found_can_be_shown_and_evaluated(run: Run) -> None:
     same = json.loads(run("evaluate", "out", "--json").stdout)
     assert same["faithfulness"] == pytest.approx(circuit.provenance["faithfulness"])
     assert same["seed"] == 0
-    other = json.loads(run("evaluate", "out", "--seed", "1", "-n", "9", "--json").stdout)
-    assert (other["seed"], other["prompts"]) == (1, 9)
+    other = json.loads(run("evaluate", "out", "--seed", "1", "-n", "4", "--json").stdout)
+    assert (other["seed"], other["prompts"]) == (1, 4)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        _discover, "trace", lambda name, *, backend, **rest: asked.append(backend) or _plugins.traced(name, backend=backend)
+    )
+    run("evaluate", "out", "--json")
+    elsewhere = [run("evaluate", "out", "--json", "--backend", other) for other in BACKENDS]
+    assert asked == [backend, *BACKENDS]
+    for result in elsewhere:
+        assert json.loads(result.stdout)["faithfulness"] == pytest.approx(circuit.provenance["faithfulness"], abs=1e-4)
+        assert "the weights" not in result.stderr
 
 
-def test_model_that_fails_the_task_is_reported_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_fails_the_task_is_reported_on_stderr(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Question, "task_accuracy", 0.25)
     result = run(*DISCOVER, "-o", "out", "--json", "--algorithm", "acdc")
-    assert "warning: reference-0 fails the task induction: accuracy 25%" in result.stderr
+    assert f"warning: {folder} fails the task induction: accuracy 25%" in result.stderr
     json.loads(result.stdout)
 
 
-def test_trace_prints_size_and_proof(run: Run) -> None:
-    text = run("trace", "reference").stdout
+@every_backend
+def test_trace_prints_size_and_proof(run: Run, backend: str) -> None:
+    text = run("trace", MODEL, "--backend", backend).stdout
     assert "Graph(" in text
     assert "ok   F(1)" in text
-    found = json.loads(run("trace", "reference", "--json").stdout)
+    found = json.loads(run("trace", MODEL, "-b", backend, "--json", "--per-head-kv").stdout)
+    assert [check["name"] for check in found["checks"][:2]] == ["F(1) is the model", "F(0) is the source run"]
     assert all(check["holds"] for check in found["checks"])
-    assert json.loads(run("trace", "reference", "--architecture").stdout)["vocabulary"] == 24
+    assert json.loads(run("trace", MODEL, "-b", backend, "--architecture").stdout)["vocabulary"] == 30
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_where_and_in_what_numbers_to_compute(run: Run, backend: str) -> None:
+    found = run("trace", MODEL, "-b", backend, "--device", "cpu", "--dtype", "float32", "--architecture")
+    assert found.exit_code == 0, found.stderr
+    refused = run("trace", MODEL, "-b", backend, "--device", "nowhere")
+    assert refused.exit_code == 2
+    assert "'nowhere' cannot be used here" in refused.stderr
+    refused = run("trace", MODEL, "-b", backend, "--dtype", "float23")
+    assert "unknown dtype 'float23'; did you mean" in refused.stderr
 
 
 def test_lists(run: Run) -> None:
@@ -107,22 +140,25 @@ def test_lists(run: Run) -> None:
 def test_every_command_has_help_with_an_example(run: Run, command: tuple[str, ...]) -> None:
     text = run(*command, "--help").output
     assert "Usage" in text
+    assert ("--backend" in text) == (command in [("discover",), ("evaluate",), ("trace",)])
     if command:
         assert f"Example: circuitgraph {command[0]}" in text
 
 
 REFUSED = [
-    (("discover", "iio", "-m", "reference"), "unknown task 'iio'; did you mean 'ioi'"),
-    (("discover", "ioi", "-m", "nothing"), "unknown model 'nothing'"),
+    (("discover", "iio", "-m", MODEL), "unknown task 'iio'; did you mean 'ioi'"),
+    (("discover", "ioi", "-m", "./nothing"), "model './nothing': there is no such folder"),
+    (("discover", "ioi", "-m", MODEL, "-b", "jaxx"), "unknown backend 'jaxx'; did you mean 'jax'"),
+    (("trace", MODEL, "--backend", "numpy"), "unknown backend 'numpy'; known: jax, reference, torch"),
     ((*DISCOVER, "-a", "acd"), "unknown algorithm 'acd'; did you mean 'acdc'"),
     ((*DISCOVER, "-a", "acdc", "--top", "5"), "takes --threshold and no --top"),
     ((*DISCOVER, "-a", "activation-patching", "--top", "5", "--threshold", "1"), "exclude each other"),
     ((*DISCOVER, "-a", "eap"), "zero gradient at the clean run"),
     ((*DISCOVER, "-a", "acdc", "--threshold", "-1"), "expected a number of at least 0"),
     ((*DISCOVER, "-a", "activation-patching", "--top", "999999"), "scored edges"),
-    (("discover", "induction", "-m", "reference", "--metric", "logitdif"), "did you mean 'logit_diff'"),
+    (("discover", "induction", "-m", MODEL, "--metric", "logitdif"), "did you mean 'logit_diff'"),
     ((*DISCOVER, "-a", "acdc", "--source", "corrupt"), "did you mean 'corrupted'"),
-    (("discover", "missing.toml", "-m", "reference"), "missing.toml"),
+    (("discover", "missing.toml", "-m", MODEL), "missing.toml"),
     ((*DISCOVER, "-a", "activation-patching", "--top", "0"), "'--top'"),
     ((*DISCOVER[:-1], "0"), "'--prompts'"),
     ((*DISCOVER, "--seed", "-1"), "'--seed'"),
@@ -133,6 +169,14 @@ REFUSED = [
     (("show", "missing.json"), "missing.json"),
     (("evaluate", "missing.json"), "missing.json"),
 ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arguments", [(*DISCOVER, "-a", "eap"), (*DISCOVER, "-a", "activation-patching", "--top", "999999")])
+def test_every_backend_refuses_the_same_questions_in_the_same_words(run: Run, backend: str, arguments: tuple[str, ...]) -> None:
+    result, expected = (run(*(name if word == "reference" else word for word in arguments)) for name in (backend, "reference"))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == expected.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
@@ -171,6 +215,7 @@ def change(text: str, **facts: Any) -> str:
         ({"seed": float("nan")}, "seed: None; expected a whole number"),
         ({"source": None}, "unknown source None"),
         ({"model": None}, "add --model"),
+        ({"model": {"name": "x", "backend": 3}}, "unknown backend 3; known: jax, reference, torch"),
         ({"task": 3}, "add --task"),
         ({"task": {"name": "token ids"}}, "was found with token ids, which it does not hold; add --task"),
     ],

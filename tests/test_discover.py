@@ -1,51 +1,65 @@
-"""`discover` and `evaluate` on a numpy reference model: the flow, what it records, what it refuses and what it warns of."""
+"""`discover` and `evaluate` in every engine: the flow, what it records, what it refuses and what it warns of."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
+import engines
 import numpy as np
 import pytest
+from engines import BACKENDS
 from toy_tasks import Greedy
 
 import circuitgraph as cg
-from circuitgraph._engine import Engine, Outcome
+from circuitgraph._engine import Engine, Outcome, TracedModel
 from circuitgraph.evaluation import faithfulness
 from circuitgraph.evaluation._bootstrap import mean_interval, ratio_interval
 from circuitgraph.evaluation._question import pose
-from circuitgraph.testing import ReferenceModel, ReferenceTrace
-
-MODEL = ReferenceModel.random(seed=0, n_layers=2)
+from circuitgraph.testing import ReferenceModel
 
 
-class Traced(ReferenceTrace):
-    """A reference trace with something changed."""
+@dataclass(frozen=True)
+class Changed:
+    """A traced model with something changed."""
 
-    broken: ClassVar[str] = ""
+    whole: TracedModel
+    changes: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.changes[name] if name in self.changes else getattr(self.whole, name)
+
+    def bind(self, *question: Any) -> Engine:
+        return self.whole.bind(*question)
+
+    def logits(self, pairs: cg.PromptPairs) -> Any:
+        return self.__getattr__("logits")(pairs)
 
     def checks(self, pairs: cg.PromptPairs) -> Iterator[cg.Check]:
-        for check in super().checks(pairs):
-            yield dataclasses.replace(check, error=1.0) if check.name == self.broken else check
+        for check in self.whole.checks(pairs):
+            yield dataclasses.replace(check, error=1.0) if check.name == self.changes.get("broken") else check
 
 
-def solved(n: int = 8, *, seed: int = 0, right: bool = True) -> cg.PromptPairs:
+@cache
+def solved(traced: TracedModel, n: int = 8, *, seed: int = 0, right: bool = True) -> cg.PromptPairs:
     """Random prompts whose answers are what the model says (or, not `right`, what it says least)."""
-    draw = np.random.default_rng(seed)
-    clean = draw.integers(MODEL.vocabulary, size=(n, 5))
-    corrupted = np.where(np.arange(5) >= 3, (clean + 1 + draw.integers(MODEL.vocabulary - 1, size=clean.shape)) % MODEL.vocabulary, clean)
-    order = np.argsort(ReferenceTrace(MODEL).logits(cg.PromptPairs(clean, corrupted, clean[:, 0])), axis=1)
+    draw, vocabulary = np.random.default_rng(seed), traced.architecture.vocabulary
+    clean = draw.integers(vocabulary, size=(n, 5))
+    corrupted = np.where(np.arange(5) >= 3, (clean + 1 + draw.integers(vocabulary - 1, size=clean.shape)) % vocabulary, clean)
+    order = np.argsort(traced.logits(cg.PromptPairs(clean, corrupted, clean[:, 0])), axis=1)
     best, worst = order[:, -1], order[:, 0]
     return cg.PromptPairs(clean, corrupted, best if right else worst, worst if right else best)
 
 
-@pytest.fixture(scope="module")
-def traced() -> ReferenceTrace:
-    return ReferenceTrace(MODEL)
+@pytest.fixture(params=BACKENDS)
+def traced(request: pytest.FixtureRequest) -> TracedModel:
+    return engines.traced(request.param, "llama")
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +73,8 @@ ALGORITHMS = [cg.EAP(), cg.ActivationPatching(), cg.ActivationPatching(level="no
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: type(a).__name__)
-def test_circuit_carries_its_protocol(traced: ReferenceTrace, algorithm: cg.Algorithm) -> None:
-    circuit = cg.discover(traced, solved(), algorithm, metric="logit_diff", seed=3)
+def test_circuit_carries_its_protocol(traced: TracedModel, algorithm: cg.Algorithm) -> None:
+    circuit = cg.discover(traced, solved(traced), algorithm, metric="logit_diff", seed=3)
     found = circuit.provenance
     json.dumps(dict(found), allow_nan=False)
     assert found["model"]["name"] == traced.name
@@ -75,19 +89,19 @@ def test_circuit_carries_its_protocol(traced: ReferenceTrace, algorithm: cg.Algo
     assert {"circuitgraph", "numpy"} <= set(found["versions"])
 
 
-def test_same_seed_same_circuit(traced: ReferenceTrace) -> None:
-    one, two = (cg.discover(traced, solved(), cg.ACDC(threshold=0.01)) for _ in range(2))
+def test_same_seed_same_circuit(traced: TracedModel) -> None:
+    one, two = (cg.discover(traced, solved(traced), cg.ACDC(threshold=0.01)) for _ in range(2))
     assert np.array_equal(one.mask, two.mask)
 
 
-def test_other_edges_drop_what_was_measured(traced: ReferenceTrace) -> None:
-    circuit = cg.discover(traced, solved(), cg.EAP()).top(10)
+def test_other_edges_drop_what_was_measured(traced: TracedModel) -> None:
+    circuit = cg.discover(traced, solved(traced), cg.EAP()).top(10)
     assert not {"metric_circuit", "faithfulness", "edges_kept"} & set(circuit.provenance)
     assert circuit.provenance["metric_clean"] is not None
 
 
-def test_report_of_everything_and_of_nothing(traced: ReferenceTrace) -> None:
-    graph, pairs = traced.graph, solved()
+def test_report_of_everything_and_of_nothing(traced: TracedModel) -> None:
+    graph, pairs = traced.graph, solved(traced)
     everything = cg.evaluate(traced, pairs, cg.Circuit(graph, graph.visible))
     assert everything.faithfulness == pytest.approx(1.0)
     assert everything.completeness == pytest.approx(0.0)
@@ -97,8 +111,8 @@ def test_report_of_everything_and_of_nothing(traced: ReferenceTrace) -> None:
     assert nothing.completeness == pytest.approx(1.0)
 
 
-def test_faithfulness_is_the_ratio_of_means(traced: ReferenceTrace) -> None:
-    pairs = solved()
+def test_faithfulness_is_the_ratio_of_means(traced: TracedModel) -> None:
+    pairs = solved(traced)
     circuit = cg.discover(traced, pairs, cg.EAP()).top(15)
     engine = traced.bind(pairs, "logit_diff")
     masks = np.stack([circuit.mask, np.ones(circuit.mask.shape), np.zeros(circuit.mask.shape)]).astype(np.float32)
@@ -111,7 +125,7 @@ def test_faithfulness_is_the_ratio_of_means(traced: ReferenceTrace) -> None:
     assert "faithfulness" in str(report)
 
 
-def test_metric_is_the_algorithms_then_the_tasks(traced: ReferenceTrace) -> None:
+def test_metric_is_the_algorithms_then_the_tasks(traced: TracedModel) -> None:
     @dataclass(frozen=True)
     class WantsNLL:
         default_metric: ClassVar[str] = "nll"
@@ -119,43 +133,43 @@ def test_metric_is_the_algorithms_then_the_tasks(traced: ReferenceTrace) -> None
         def run(self, engine: Engine) -> Outcome:
             return Outcome(engine.graph.visible)
 
-    assert cg.discover(traced, solved(), WantsNLL()).provenance["metric"] == "nll"
-    assert cg.discover(traced, solved(), WantsNLL(), metric="prob_diff").provenance["metric"] == "prob_diff"
-    assert cg.discover(traced, solved(), cg.EAP()).provenance["metric"] == "logit_diff"
-    assert cg.discover(traced, solved(), cg.ACDC(threshold=0.01)).provenance["metric"] == "kl"
+    assert cg.discover(traced, solved(traced), WantsNLL()).provenance["metric"] == "nll"
+    assert cg.discover(traced, solved(traced), WantsNLL(), metric="prob_diff").provenance["metric"] == "prob_diff"
+    assert cg.discover(traced, solved(traced), cg.EAP()).provenance["metric"] == "logit_diff"
+    assert cg.discover(traced, solved(traced), cg.ACDC(threshold=0.01)).provenance["metric"] == "kl"
 
 
-def test_kl_of_the_model_to_itself_is_zero(traced: ReferenceTrace) -> None:
-    found = cg.discover(traced, solved(), cg.ACDC(threshold=0.01), metric="kl").provenance
+def test_kl_of_the_model_to_itself_is_zero(traced: TracedModel) -> None:
+    found = cg.discover(traced, solved(traced), cg.ACDC(threshold=0.01), metric="kl").provenance
     assert found["metric_clean"] == pytest.approx(0.0, abs=1e-9)
     assert found["faithfulness"] == pytest.approx(1 - found["metric_circuit"] / found["metric_corrupted"])
 
 
-def test_progress_is_told(traced: ReferenceTrace) -> None:
+def test_progress_is_told(traced: TracedModel) -> None:
     told: list[tuple[float, str]] = []
-    cg.discover(traced, solved(), cg.ACDC(threshold=0.01), progress=lambda fraction, text: told.append((fraction, text)))
+    cg.discover(traced, solved(traced), cg.ACDC(threshold=0.01), progress=lambda fraction, text: told.append((fraction, text)))
     fractions = [fraction for fraction, _ in told]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert {"tracing the model", "checking the trace", "ACDC"} <= {text for _, text in told}
 
 
-def test_model_that_fails_the_task_is_reported(traced: ReferenceTrace) -> None:
+def test_model_that_fails_the_task_is_reported(traced: TracedModel) -> None:
     with pytest.warns(cg.CircuitGraphWarning, match="fails the task token ids: accuracy 0%"):
-        circuit = cg.discover(traced, solved(right=False), cg.EAP())
+        circuit = cg.discover(traced, solved(traced, right=False), cg.EAP())
     with pytest.warns(cg.CircuitGraphWarning, match="fails the task token ids: accuracy 0%"):
-        cg.evaluate(traced, solved(right=False), circuit)
+        cg.evaluate(traced, solved(traced, right=False), circuit)
 
 
-def test_one_prompt_has_no_interval(traced: ReferenceTrace) -> None:
+def test_one_prompt_has_no_interval(traced: TracedModel) -> None:
     with pytest.warns(cg.CircuitGraphWarning, match="one prompt only"):
-        circuit = cg.discover(traced, solved(), cg.EAP(), prompts=1)
+        circuit = cg.discover(traced, solved(traced), cg.EAP(), prompts=1)
     with pytest.warns(cg.CircuitGraphWarning, match="one prompt only"):
-        assert cg.evaluate(traced, solved(), circuit, prompts=1).faithfulness_interval is None
+        assert cg.evaluate(traced, solved(traced), circuit, prompts=1).faithfulness_interval is None
 
 
-def test_question_without_an_answer_is_refused(traced: ReferenceTrace) -> None:
-    pairs = solved(12)
+def test_question_without_an_answer_is_refused(traced: TracedModel) -> None:
+    pairs = solved(traced, 12)
     swapped = np.arange(12) < 6  # half of the pairs the other way round: the mean difference vanishes
     clean = [b if s else a for a, b, s in zip(pairs.clean, pairs.corrupted, swapped, strict=True)]
     corrupted = [a if s else b for a, b, s in zip(pairs.clean, pairs.corrupted, swapped, strict=True)]
@@ -166,19 +180,19 @@ def test_question_without_an_answer_is_refused(traced: ReferenceTrace) -> None:
         cg.evaluate(traced, undecided, cg.Circuit(traced.graph, traced.graph.visible))
 
 
-@pytest.mark.parametrize("check", ["F(1)", "F(0)"])
-def test_trace_that_is_not_the_model_is_refused(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Traced, "broken", check)
-    with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {check[0]}"):
-        cg.discover(Traced(MODEL), solved(), cg.EAP())
-    with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {check[0]}"):
-        cg.evaluate(Traced(MODEL), solved(), cg.Circuit(Traced(MODEL).graph, Traced(MODEL).graph.visible))
+@pytest.mark.parametrize("check", ["F(1) is the model", "F(0) is the source run"])
+def test_trace_that_is_not_the_model_is_refused(traced: TracedModel, check: str) -> None:
+    broken = Changed(traced, {"broken": check})
+    with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {re.escape(check)}"):
+        cg.discover(broken, solved(traced), cg.EAP())
+    with pytest.raises(cg.TraceError, match=f"differs from the model: FAIL {re.escape(check)}"):
+        cg.evaluate(broken, solved(traced), cg.Circuit(traced.graph, traced.graph.visible))
 
 
-def test_nan_in_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Traced, "logits", lambda self, pairs: np.full((len(pairs), MODEL.vocabulary), np.nan))
+def test_nan_in_the_model_is_refused(traced: TracedModel) -> None:
+    broken = Changed(traced, {"logits": lambda pairs: np.full((len(pairs), traced.architecture.vocabulary), np.nan)})
     with pytest.raises(cg.TraceError, match="logits for prompt 0 are NaN"):
-        cg.discover(Traced(MODEL), solved(), cg.EAP())
+        cg.discover(broken, solved(traced), cg.EAP())
 
 
 @dataclass(frozen=True)
@@ -212,85 +226,97 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("algorithm", "options", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_refused_with_a_reason(traced: ReferenceTrace, algorithm: Any, options: dict[str, Any], message: str) -> None:
+def test_refused_with_a_reason(traced: TracedModel, algorithm: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(cg.CircuitGraphError, match=message):
-        cg.discover(traced, solved(), algorithm, **options)
+        cg.discover(traced, solved(traced), algorithm, **options)
 
 
 @pytest.mark.parametrize("task", [None, 3, {}, ["ioi"]])
-def test_what_is_no_task_is_refused(traced: ReferenceTrace, task: Any) -> None:
+def test_what_is_no_task_is_refused(traced: TracedModel, task: Any) -> None:
     with pytest.raises(cg.TaskError, match="expected a name, a file, a Task or PromptPairs"):
         cg.discover(traced, task, cg.EAP())
 
 
-def test_what_is_no_circuit_is_refused(traced: ReferenceTrace) -> None:
+def test_what_is_no_circuit_is_refused(traced: TracedModel) -> None:
     with pytest.raises(cg.CircuitGraphError, match=r"circuit: 'file.json'; expected a Circuit, such as Circuit.load"):
-        cg.evaluate(traced, solved(), "file.json")  # type: ignore[arg-type]
+        cg.evaluate(traced, solved(traced), "file.json")  # type: ignore[arg-type]
 
 
-def test_evaluate_warns_of_other_weights(traced: ReferenceTrace) -> None:
-    circuit = cg.discover(traced, solved(), cg.EAP())
+def test_evaluate_warns_of_other_weights(traced: TracedModel) -> None:
+    circuit = cg.discover(traced, solved(traced), cg.EAP())
     found = {**circuit.provenance, "model": {**circuit.provenance["model"], "weights_sha256": "others"}}
     with pytest.warns(cg.CircuitGraphWarning, match="the weights of .* are others"):
-        cg.evaluate(traced, solved(), dataclasses.replace(circuit, provenance=found))
+        cg.evaluate(traced, solved(traced), dataclasses.replace(circuit, provenance=found))
     odd = {**circuit.provenance, "model": None, "task": 3}
-    assert cg.evaluate(traced, solved(), dataclasses.replace(circuit, provenance=odd)).prompts == 8
+    assert cg.evaluate(traced, solved(traced), dataclasses.replace(circuit, provenance=odd)).prompts == 8
 
 
-def test_nothing_kept_is_warned_of(traced: ReferenceTrace) -> None:
+def test_nothing_kept_is_warned_of(traced: TracedModel) -> None:
     with pytest.warns(cg.CircuitGraphWarning, match="no edge was kept"):
-        circuit = cg.discover(traced, solved(), cg.ACDC(threshold=1e9))
-    report = cg.evaluate(traced, solved(), circuit)
+        circuit = cg.discover(traced, solved(traced), cg.ACDC(threshold=1e9))
+    report = cg.evaluate(traced, solved(traced), circuit)
     assert "-0.000" not in str(dataclasses.replace(report, faithfulness=-1e-9, faithfulness_interval=(-1e-9, -0.0)))
 
 
-def test_kl_of_answers_that_do_not_change_is_warned_of(traced: ReferenceTrace) -> None:
+def test_kl_of_answers_that_do_not_change_is_warned_of(traced: TracedModel) -> None:
     """KL divergence is never negative, so its own interval would let every question through."""
-    pairs = solved()
+    pairs = solved(traced)
     swapped = cg.PromptPairs([*pairs.clean, *pairs.corrupted], [*pairs.corrupted, *pairs.clean], pairs.answers * 2, pairs.wrong_answers * 2)
     with pytest.warns(cg.CircuitGraphWarning, match="logit_diff cannot tell the model .* so what kl measures is not the answers"):
         cg.discover(traced, swapped, cg.ACDC(threshold=0.01))
 
 
-def test_provenance_names_the_prompts(traced: ReferenceTrace) -> None:
-    one, same, other = (cg.discover(traced, solved(seed=s), cg.EAP()).provenance["prompts_digest"] for s in (0, 0, 1))
+def test_provenance_names_the_prompts(traced: TracedModel) -> None:
+    one, same, other = (cg.discover(traced, solved(traced, seed=s), cg.EAP()).provenance["prompts_digest"] for s in (0, 0, 1))
     assert one == same != other
 
 
-def test_text_task_needs_a_tokenizer(traced: ReferenceTrace) -> None:
+def test_text_task_needs_a_tokenizer(traced: TracedModel) -> None:
     with pytest.raises(cg.TaskError, match="tokenizer"):
         cg.discover(traced, "ioi", cg.EAP())
 
 
-def test_token_outside_the_vocabulary_is_refused(traced: ReferenceTrace) -> None:
-    pairs = cg.PromptPairs([[0, 1]], [[0, 2]], [MODEL.vocabulary], [1])
-    with pytest.raises(cg.TaskError, match=f"token id {MODEL.vocabulary}"):
+def test_token_outside_the_vocabulary_is_refused(traced: TracedModel) -> None:
+    vocabulary = traced.architecture.vocabulary
+    pairs = cg.PromptPairs([[0, 1]], [[0, 2]], [vocabulary], [1])
+    with pytest.raises(cg.TaskError, match=f"token id {vocabulary}"):
         cg.discover(traced, pairs, cg.EAP())
 
 
-def test_tokens_are_drawn_from_the_vocabulary_even_if_the_tokenizer_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Traced, "tokenizer", Greedy())
-    model = Traced(ReferenceModel.random(seed=0, n_layers=1, vocabulary=24))
+def test_tokens_are_drawn_from_the_vocabulary_even_if_the_tokenizer_is_larger(traced: TracedModel) -> None:
+    model = Changed(traced, {"tokenizer": Greedy()})
     question = pose(model, "induction", prompts=20)
-    assert len(model.tokenizer or "") > 24 > question.pairs.largest_token
+    assert len(model.tokenizer) > traced.architecture.vocabulary > question.pairs.largest_token
 
 
-def test_circuit_of_another_graph_is_refused(traced: ReferenceTrace) -> None:
+def test_circuit_of_another_graph_is_refused(traced: TracedModel) -> None:
     other = ReferenceModel.random(seed=0, n_layers=1).graph()
     with pytest.raises(cg.CircuitGraphError, match="the circuit is of Graph"):
-        cg.evaluate(traced, solved(), cg.Circuit(other, other.visible))
+        cg.evaluate(traced, solved(traced), cg.Circuit(other, other.visible))
 
 
-def test_traced_model_takes_no_options(traced: ReferenceTrace) -> None:
+def test_traced_model_takes_no_options(traced: TracedModel) -> None:
     assert cg.trace(traced) is traced
     with pytest.raises(cg.CircuitGraphError, match="dtype cannot change"):
         cg.trace(traced, dtype="float64")
 
 
-def test_check_trace_needs_no_pairs(traced: ReferenceTrace) -> None:
+def test_check_trace_needs_no_pairs(traced: TracedModel) -> None:
     checks = cg.check_trace(traced)
-    assert [check.name for check in checks[:2]] == ["F(1)", "F(0)"]
+    assert [check.name for check in checks[:2]] == ["F(1) is the model", "F(0) is the source run"]
     assert all(check.holds for check in checks)
+
+
+def test_a_circuit_is_of_no_backend(traced: TracedModel) -> None:
+    """Found in one engine, it is the same circuit in the others, and nobody is warned of other weights."""
+    pairs = solved(engines.traced("reference", "llama"))
+    circuit = cg.discover(traced, pairs, cg.ACDC(threshold=0.01))
+    assert circuit.n_edges > 0
+    for backend in BACKENDS:
+        report = cg.evaluate(engines.traced(backend, "llama"), pairs, circuit)
+        for name, value in report.to_dict().items():
+            if isinstance(value, float):
+                assert value == pytest.approx(circuit.provenance.get(name, value), abs=1e-4), name
 
 
 def test_intervals() -> None:

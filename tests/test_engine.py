@@ -1,4 +1,4 @@
-"""The PyTorch engine against nnsight on the untouched model, against itself, and against finite differences."""
+"""The PyTorch engine on every family: against nnsight on the untouched model, and finite differences. The laws: `test_engine_laws.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from oracle import oracle_logits, oracle_writers
 
 import circuitgraph_torch
 from circuitgraph._engine import Source
-from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError
-from circuitgraph._metrics import METRICS
 from circuitgraph._pairs import PromptPairs
 from circuitgraph_torch._engine import TorchEngine
 
@@ -156,11 +154,6 @@ def test_gradient_agrees_with_finite_differences(family: str, where: str) -> Non
     assert np.allclose(slopes, found, rtol=3e-2, atol=3e-3 * np.abs(gradient).max())
 
 
-def test_gradient_is_zero_where_there_is_no_edge() -> None:
-    b = bound("gpt2")
-    assert not b.engine.gradient(np.ones(b.engine.graph.shape))[:, ~b.engine.graph.visible].any()
-
-
 def test_every_edge_of_a_model_agrees_with_nnsight() -> None:
     b = bound("gpt2")
     edges = np.argwhere(b.engine.graph.visible)
@@ -212,106 +205,6 @@ def test_mean_over_a_data_set_of_several_lengths() -> None:
     assert np.allclose(engine.evaluate(mask[None])[0], log_diff(expected, b.pairs), atol=1e-4)
 
 
-def test_per_head_kv_with_equal_rows_is_the_grouped_run_and_splits_otherwise() -> None:
-    b = bound("llama")
-    split = circuitgraph_torch.trace(b.traced.module, per_head_kv=True)
-    engine = split.bind(b.pairs, "logit_diff")
-    rng = np.random.default_rng(7)
-    grouped = rng.uniform(size=b.engine.graph.shape)
-    rows = [b.engine.graph.reader_id(reader) for reader in engine.graph.readers]
-    assert np.allclose(engine.evaluate(grouped[rows][None]), b.engine.evaluate(grouped[None]), atol=5e-5)
-    one_head = np.ones(engine.graph.shape)
-    one_head[engine.graph.reader_id("a1.h1<k>"), 0] = 0
-    other_head = np.ones(engine.graph.shape)
-    other_head[engine.graph.reader_id("a1.h0<k>"), 0] = 0
-    values = engine.evaluate(np.stack([one_head, other_head, one_head * other_head]))
-    assert len({round(float(v), 4) for v in values[:, 0]}) == 3
-
-
-@pytest.mark.parametrize("metric", sorted(METRICS))
-def test_every_metric_is_what_the_original_logits_give(metric: str) -> None:
-    b = bound("gpt2")
-    engine = b.traced.bind(b.pairs, metric)
-    mask = np.random.default_rng(8).uniform(size=engine.graph.shape)
-    logits = engine_logits(engine, mask)[:, -1].double().numpy()
-    clean = b.traced.logits(b.pairs).astype(np.float64)
-    probs, clean_probs = (np.exp(x - x.max(-1, keepdims=True)) for x in (logits, clean))
-    probs, clean_probs = probs / probs.sum(-1, keepdims=True), clean_probs / clean_probs.sum(-1, keepdims=True)
-    rows = np.arange(len(b.pairs))
-    a, w = (np.array([ids[0] for ids in sets]) for sets in (b.pairs.answers, b.pairs.wrong_answers))
-    expected = {
-        "logit_diff": logits[rows, a] - logits[rows, w],
-        "prob_diff": probs[rows, a] - probs[rows, w],
-        "nll": -np.log(probs[rows, a]),
-        "kl": (clean_probs * np.log(clean_probs / probs)).sum(-1),
-        "accuracy": (logits[rows, a] > logits[rows, w]).astype(float),
-    }[metric]
-    assert np.allclose(engine.evaluate(mask[None])[0], expected, atol=1e-4)
-
-
-def test_buckets_and_their_cuts_give_each_prompt_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    b = bound("qwen2")
-    short, long = make_pairs(90, seed=9, n=3, length=6), make_pairs(90, seed=10, n=4, length=10)
-    order = [0, 3, 1, 4, 2, 5, 6]
-    both = PromptPairs(
-        clean=[*short.clean, *long.clean],
-        corrupted=[*short.corrupted, *long.corrupted],
-        answers=[*short.answers, *long.answers],
-        wrong_answers=[*short.wrong_answers, *long.wrong_answers],
-    ).select(order)
-    mask = np.random.default_rng(11).uniform(size=b.engine.graph.shape)
-    alone = [b.traced.bind(both.select([i]), "logit_diff").evaluate(mask[None])[0, 0] for i in range(len(both))]
-    engine = b.traced.bind(both, "logit_diff")
-    assert np.allclose(engine.evaluate(mask[None])[0], alone, atol=5e-5)
-    gradient = engine.gradient(mask)
-    monkeypatch.setattr("circuitgraph_torch._engine._BATCH_BYTES", 1)
-    monkeypatch.setattr("circuitgraph_torch._engine._CACHE_BYTES", 1)
-    cut = b.traced.bind(both, "logit_diff")
-    assert np.allclose(cut.evaluate(mask[None])[0], alone, atol=5e-5)
-    assert np.allclose(cut.gradient(mask), gradient, atol=1e-4)
-    assert np.allclose(cut.activations()[1], engine.activations()[1], atol=1e-5)
-
-
-def test_reversed_engine_runs_the_corrupted_prompts_and_patches_clean_values() -> None:
-    b = bound("gpt2")
-    swapped = PromptPairs(clean=b.pairs.corrupted, corrupted=b.pairs.clean, answers=b.pairs.answers, wrong_answers=b.pairs.wrong_answers)
-    mask = np.random.default_rng(12).uniform(size=b.engine.graph.shape)
-    assert np.allclose(b.engine.reversed().evaluate(mask[None]), b.traced.bind(swapped, "logit_diff").evaluate(mask[None]))
-    kl = b.traced.bind(b.pairs, "kl").reversed().evaluate(np.stack([0 * mask, mask]))
-    assert np.abs(kl[0]).max() < 1e-6 < kl[1].max()  # patched back to the clean run everywhere, it is the clean run
-
-
-def test_explicit_source_values_replace_the_bound_ones() -> None:
-    b = bound("llama")
-    mask = np.random.default_rng(13).uniform(size=b.engine.graph.shape)
-    zero = b.traced.bind(b.pairs, "logit_diff", "zero")
-    values = b.engine.reversed().activations()
-    assert np.allclose(zero.evaluate(mask[None], source=values), b.engine.evaluate(mask[None]), atol=5e-5)
-    assert np.allclose(zero.gradient(mask, source=values), b.engine.gradient(mask), atol=1e-4)
-
-
-def test_activations_under_a_mask_are_those_of_that_run() -> None:
-    b = bound("llama")
-    everything = np.ones(b.engine.graph.shape)
-    none = b.engine.activations(0 * everything)
-    assert np.allclose(none[0][1:], b.corrupted_values[1:, 0].numpy(), atol=1e-5)
-    assert np.allclose(b.engine.activations(everything)[1], b.engine.activations()[1], atol=1e-5)
-
-
-def test_mix_interpolates_the_input_and_keeps_the_differences() -> None:
-    b = bound("gpt2")
-    ones = np.ones(b.engine.graph.shape)
-    logits_row = b.engine.gradient(ones, mix=0.5)
-    # Only the input edge is interpolated: along it, the mean of the gradient is the change of F.
-    only_input = np.zeros(b.engine.graph.shape)
-    only_input[-1, 0] = 1
-    values = b.engine.evaluate(np.stack([only_input, 0 * only_input]))
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    mean = sum(w / 2 * b.engine.gradient(only_input, mix=float((x + 1) / 2))[:, -1, 0] for x, w in zip(nodes, weights, strict=True))
-    assert np.allclose(mean, values[0] - values[1], atol=1e-4)
-    assert not np.allclose(logits_row, b.engine.gradient(ones), atol=1e-4)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**16), density=st.floats(0, 1), family=st.sampled_from(["gpt2", "llama", "gpt_neox", "olmo2", "attention_only"])
@@ -333,27 +226,3 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def test_bad_questions_are_refused() -> None:
-    b = bound("gpt2")
-    ones = np.ones(b.engine.graph.shape)
-    with pytest.raises(DegenerateError, match="zero gradient at the clean run.*acdc"):
-        b.traced.bind(b.pairs, "kl").gradient(ones)
-    with pytest.raises(DegenerateError, match="no gradient"):
-        b.traced.bind(b.pairs, "accuracy").gradient(ones)
-    assert np.isfinite(b.traced.bind(b.pairs, "kl").gradient(0.5 * ones)).all()
-    with pytest.raises(CircuitGraphError, match=r"expected \[lanes, readers, writers\]"):
-        b.engine.evaluate(ones)
-    with pytest.raises(CircuitGraphError, match="NaN or infinity"):
-        b.engine.evaluate(ones[None] * np.nan)
-    with pytest.raises(TaskError, match="does not take prompts of 70 tokens"):
-        b.traced.bind(make_pairs(90, length=70), "nll").evaluate(ones[None])
-    with pytest.raises(TaskError, match="token id"):
-        b.traced.bind(b.pairs, "nll", Source("mean", PromptPairs(clean=[[500]], corrupted=[[2]], answers=[3])))
-    with pytest.raises(TaskError, match="token id 500 is not in the model's vocabulary"):
-        b.traced.bind(PromptPairs(clean=[[500, 1]], corrupted=[[2, 1]], answers=[3]), "nll")
-    with pytest.raises(TaskError, match="needs a wrong answer"):
-        b.traced.bind(PromptPairs(clean=[[5, 1]], corrupted=[[2, 1]], answers=[3]), "logit_diff")
-    with pytest.raises(TaskError, match="no reference prompt has 9 tokens"):
-        b.traced.bind(b.pairs, "nll", Source("mean-per-position", make_pairs(90, length=7))).evaluate(ones[None] * 0)

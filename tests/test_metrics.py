@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,25 @@ def to_torch(x: Any) -> Any:
     return torch.as_tensor(x)
 
 
+def to_jax(x: Any) -> Any:
+    jax = pytest.importorskip("jax")
+    return jax.numpy.asarray(x)
+
+
+CONVERTED = pytest.mark.parametrize("convert", [identity, to_torch, to_jax], ids=["numpy", "torch", "jax"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_double_precision() -> Iterator[None]:
+    try:
+        import jax
+    except ModuleNotFoundError:
+        yield  # its row is skipped
+    else:
+        with jax.enable_x64(True):
+            yield
+
+
 def target(clean: np.ndarray | None = None, convert: Any = identity) -> Target:
     log_probs = None if clean is None else convert(log_softmax(clean))
     return Target(convert(ANSWERS), convert(ANSWER_WEIGHTS), convert(WRONG), convert(WRONG_WEIGHTS), log_probs)
@@ -66,7 +86,7 @@ def by_hand(name: str, logits: np.ndarray, clean: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("convert", [identity, to_torch], ids=["numpy", "torch"])
+@CONVERTED
 @pytest.mark.parametrize("name", METRICS)
 @settings(deadline=None, max_examples=25)  # a loaded machine is no failure
 @given(logits=logits_arrays, clean=logits_arrays)
@@ -76,7 +96,7 @@ def test_values_are_those_computed_by_hand(name: str, convert: Any, logits: np.n
     np.testing.assert_allclose(value, by_hand(name, logits, clean), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("convert", [identity, to_torch], ids=["numpy", "torch"])
+@CONVERTED
 @pytest.mark.parametrize("name", METRICS)
 def test_lanes_are_independent(name: str, convert: Any) -> None:
     lanes = np.random.default_rng(0).normal(size=(4, PROMPTS, VOCABULARY))

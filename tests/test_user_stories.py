@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import every_backend, with_reference
 from typer.testing import CliRunner
 
 import circuitgraph
 from circuitgraph.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _every_backend_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_reference(monkeypatch)
 
 
 def run(*arguments: str) -> dict[str, Any]:
@@ -50,15 +56,23 @@ def patched_by_hand(traced: Any, pairs: circuitgraph.PromptPairs, layer: int, he
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize(("model", "task"), [("zoo:induction-2l", "induction"), ("zoo:tiny-english", "ioi")])
-def test_the_demos_circuit_is_what_single_head_patching_says(model: str, task: str) -> None:
-    traced = circuitgraph.trace(model)
+@pytest.mark.parametrize(
+    ("model", "task", "backend"),
+    [
+        ("zoo:induction-2l", "induction", "reference"),  # its ACDC takes minutes on the larger model
+        ("zoo:induction-2l", "induction", "torch"),
+        ("zoo:induction-2l", "induction", "jax"),
+        ("zoo:tiny-english", "ioi", "torch"),
+    ],
+)
+def test_the_demos_circuit_is_what_single_head_patching_says(model: str, task: str, backend: str) -> None:
+    traced, original = circuitgraph.trace(model, backend=backend), circuitgraph.trace(model)
     pairs = circuitgraph.load_task(task).pairs(traced.tokenizer, 24, seed=3)
     outcome = circuitgraph.ActivationPatching(level="node").run(traced.bind(pairs, "logit_diff"))
     scores = outcome.record["nodes"]
     heads = [w for w in traced.graph.writers if w.kind == "head"]
     for head in heads:
-        by_hand = outcome.record["baseline"] - patched_by_hand(traced, pairs, head.layer, head.index)
+        by_hand = outcome.record["baseline"] - patched_by_hand(original, pairs, head.layer, head.index)
         assert scores[head.name] == pytest.approx(by_hand, abs=1e-3)
     # The head that matters most by itself is in the circuit that ACDC finds.
     circuit = circuitgraph.discover(traced, pairs, circuitgraph.ACDC(threshold=0.01))
@@ -66,8 +80,9 @@ def test_the_demos_circuit_is_what_single_head_patching_says(model: str, task: s
     assert strongest.name in circuit.prune_dead().nodes
 
 
-def test_a_previous_token_head_feeds_the_keys_of_an_induction_head() -> None:
-    circuit = circuitgraph.discover("zoo:induction-2l", "induction", circuitgraph.ACDC(threshold=0.001), prompts=16)
+@every_backend
+def test_a_previous_token_head_feeds_the_keys_of_an_induction_head(backend: str) -> None:
+    circuit = circuitgraph.discover("zoo:induction-2l", "induction", circuitgraph.ACDC(threshold=0.001), prompts=16, backend=backend)
     keys = [edge for edge in circuit.edges if edge.reader.kind == "k" and edge.writer.kind == "head"]
     assert keys, "no head feeds another head's keys"
     strongest = max(keys, key=lambda edge: circuit.scores[circuit.graph.edge_id(edge)])  # type: ignore[index]
@@ -77,7 +92,8 @@ def test_a_previous_token_head_feeds_the_keys_of_an_induction_head() -> None:
     assert circuit.n_edges < 0.25 * circuit.graph.n_edges
 
 
-def test_a_newcomer_asks_about_their_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_backend
+def test_a_newcomer_asks_about_their_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.csv").write_text(
         "clean,corrupted,answer,wrong_answer\n"
@@ -87,16 +103,18 @@ def test_a_newcomer_asks_about_their_own_task(tmp_path: Path, monkeypatch: pytes
     model = circuitgraph.trace("zoo:tiny-english")
     rows = circuitgraph.load_task("mine.csv")
     assert "answer" in rows.describe(model.tokenizer)
-    found = run("discover", "mine.csv", "--model", "zoo:tiny-english", "--algorithm", "eap", "--top", "60", "-o", "found")
+    asked = ("mine.csv", "--model", "zoo:tiny-english", "--algorithm", "eap", "--top", "60", "--backend", backend)
+    found = run("discover", *asked, "-o", "found")
     assert found["prompts"] == 2
     assert {Path(file).name for file in found["files"]} >= {"circuit.json", "circuit.svg", "report.json"}
     circuit = circuitgraph.Circuit.load("found/circuit.json")
     assert 0 < circuit.n_edges <= 60
 
 
+@every_backend
 @pytest.mark.parametrize("task", ["ioi", "greater-than", "subject-verb-agreement"])
-def test_tiny_english_does_its_tasks(task: str) -> None:
-    traced = circuitgraph.trace("zoo:tiny-english")
+def test_tiny_english_does_its_tasks(task: str, backend: str) -> None:
+    traced = circuitgraph.trace("zoo:tiny-english", backend=backend)
     pairs = circuitgraph.load_task(task).pairs(traced.tokenizer, 64, seed=5)
     assert traced.bind(pairs, "accuracy").evaluate(np.ones((1, *traced.graph.shape))).mean() >= 0.98
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from circuitgraph.testing import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceModel, ReferenceNorm
 
 
-def small_model(family: str, seed: int = 0) -> Any:
+def small_model(family: str, seed: int = 0, n_layers: int = 2) -> Any:
     """A float64 Hugging Face GPT-2 or Llama with random weights, small enough for the naive engine."""
     import torch
     import transformers as hub
 
     torch.manual_seed(seed)
     if family == "gpt2":
-        hf = hub.GPT2LMHeadModel(hub.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=30, n_positions=16))
+        hf = hub.GPT2LMHeadModel(hub.GPT2Config(n_layer=n_layers, n_head=2, n_embd=16, vocab_size=30, n_positions=16))
     else:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes["num_hidden_layers"] = n_layers
         hf = hub.LlamaForCausalLM(hub.LlamaConfig(vocab_size=30, max_position_embeddings=16, **sizes))
     hf.double().eval()
     for parameter in hf.parameters():
@@ -24,9 +26,9 @@ def small_model(family: str, seed: int = 0) -> Any:
     return hf
 
 
-def twin(hf: Any) -> ReferenceModel:
+def twin(hf: Any, name: str = "reference") -> ReferenceModel:
     """The same weights in the numpy reference model."""
-    return from_gpt2(hf) if hf.config.model_type == "gpt2" else from_llama(hf)
+    return replace(from_gpt2(hf) if hf.config.model_type == "gpt2" else from_llama(hf), name=name)
 
 
 def from_gpt2(hf: Any) -> ReferenceModel:
@@ -64,8 +66,10 @@ def from_llama(hf: Any) -> ReferenceModel:
     def layer(p: str) -> ReferenceLayer:
         q, k, v = (state[f"{p}.self_attn.{x}_proj.weight"].reshape(-1, d_head, c.hidden_size) for x in "qkv")
         o = state[f"{p}.self_attn.o_proj.weight"].reshape(c.hidden_size, -1, d_head).swapaxes(0, 1)
+        attention = ReferenceAttention(q, k, v, o, norm=norm(f"{p}.input_layernorm"), rotary_base=c.rope_parameters["rope_theta"])
+        if c.intermediate_size == 0:
+            return ReferenceLayer(attention)
         up, gate, down = (state[f"{p}.mlp.{x}_proj.weight"] for x in ("up", "gate", "down"))
-        attention = ReferenceAttention(q, k, v, o, norm=norm(f"{p}.input_layernorm"), rotary_base=1e4)
         return ReferenceLayer(attention, ReferenceMLP(up, down, "silu", gate, norm=norm(f"{p}.post_attention_layernorm")))
 
     layers = tuple(layer(f"model.layers.{i}") for i in range(c.num_hidden_layers))

@@ -136,9 +136,10 @@ class JaxEngine:
         batch = self.batches[number]
         check_source_values(values, self.n_prompts)
         if isinstance(values, JaxWriterValues) and len(values.batches) == len(self.batches):
-            is_ours = all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index))
-            if is_ours and len(values.batches[number]) == batch.n_rows:
-                return values.batches[number]
+            theirs = values.batches[number]
+            is_ours = all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index)) and len(theirs) == batch.n_rows
+            if is_ours and theirs.dtype == self._parts.dtype and theirs.devices() == {*self._parts.devices}:
+                return theirs
         return batch.by_prompt(np.stack([values[int(i)] for i in batch.index]).astype(self._parts.dtype))
 
     def _own_source(self, batch: Batch) -> SourceRun:

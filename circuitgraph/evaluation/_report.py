@@ -173,7 +173,8 @@ def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
     now = question.traced.provenance
     if task.get("name") == question.task_name != NO_TASK and task.get("digest") != question.task_digest:
         warn(f"task {question.task_name} has changed since the circuit was found with it")
-    if model.get("name") == question.traced.name and model.get("weights_sha256") != now.get("weights_sha256"):
+    is_comparable = model.get("name") == question.traced.name and model.get("backend") == now.get("backend")  # each hashes in its own way
+    if is_comparable and model.get("weights_sha256") != now.get("weights_sha256"):
         warn(f"the weights of {question.traced.name} are others than those the circuit was found with")
 
 

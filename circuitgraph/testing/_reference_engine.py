@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuitgraph._engine import Source, WriterValues, check_gradient, check_reversible
-from circuitgraph._errors import CircuitGraphError, TaskError
+from circuitgraph._engine import (
+    Source,
+    WriterValues,
+    check_gradient,
+    check_reversible,
+    check_source_values,
+    checked_mask,
+    no_prompt_to_average,
+)
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._names import Reader, Writer
@@ -77,25 +84,22 @@ class ReferenceEngine:
         return len(self.pairs)
 
     def activations(self, mask: Mask | None = None, *, source: WriterValues | None = None) -> ReferenceValues:
-        mask = np.ones(self.graph.shape) if mask is None else np.asarray(mask, dtype=float)
-        self._check_shape(mask, self.graph.shape)
-        return self._collect(lambda batch: self._run(batch, mask, source).values)
+        chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape).astype(float)
+        return self._collect(lambda batch: self._run(batch, chosen, source).values)
 
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        masks = np.asarray(masks, dtype=float)
-        self._check_shape(masks, (len(masks), *self.graph.shape))
-        out = np.zeros((len(masks), self.n_prompts))
-        for lane, mask in enumerate(masks):
+        checked = checked_mask(masks, (1, *self.graph.shape))
+        out = np.zeros((len(checked), self.n_prompts))
+        for lane, mask in enumerate(checked.astype(float)):
             for batch in self._batches:
                 out[lane, batch.index] = self.metric(self._run(batch, mask, source).logits, batch.target)
         return out
 
     def gradient(self, mask: Mask, *, source: WriterValues | None = None, mix: float = 1.0) -> Float[ndarray, "prompts readers writers"]:
         """Central differences: each reader's input in the mixed run is pushed along `live_w - source_w` of the unmixed run."""
-        mask = np.asarray(mask, dtype=float)
-        self._check_shape(mask, self.graph.shape)
+        mask = checked_mask(mask, self.graph.shape).astype(float)
         check_gradient(self.metric, mask, self.graph, mix)
         out = np.zeros((self.n_prompts, *self.graph.shape))
         for batch in self._batches:
@@ -120,8 +124,7 @@ class ReferenceEngine:
 
     def _source_of(self, batch: _Batch, source: WriterValues | None) -> Values:
         values = self._own_source if source is None else source
-        if len(values) != self.n_prompts:
-            raise CircuitGraphError(f"source values are for {len(values)} prompts; expected {self.n_prompts}")
+        check_source_values(values, self.n_prompts)
         return np.stack([np.asarray(values[int(i)], dtype=float) for i in batch.index])
 
     def _collect(self, values_of: Callable[[_Batch], Values]) -> ReferenceValues:
@@ -148,10 +151,6 @@ class ReferenceEngine:
     @cached_property
     def _own_source(self) -> ReferenceValues:
         return source_values(self.model, self.graph, self.pairs, self.source)
-
-    def _check_shape(self, mask: Float[ndarray, "*lanes readers writers"], expected: tuple[int, ...]) -> None:
-        if mask.shape != expected:
-            raise CircuitGraphError(f"mask has shape {mask.shape}; expected {expected} for {self.graph}")
 
 
 @dataclass
@@ -233,6 +232,6 @@ def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[
 def _mean_of_length(pool: list[Any], length: int) -> Float[ndarray, "writers position d_model"]:
     same = [values for values in pool if values.shape[1] == length]
     if not same:
-        raise TaskError(f"source 'mean-per-position': no prompt of the data has {length} tokens; add some, or use source 'mean'")
+        raise no_prompt_to_average(length)
     mean: Float[ndarray, "writers position d_model"] = np.mean(same, axis=0)
     return mean

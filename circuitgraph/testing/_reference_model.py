@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from circuitgraph._engine import Source, SourceKind
+from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
@@ -64,7 +65,11 @@ class ReferenceModel:
         return ReferenceTrace(self, per_head_kv)
 
     def embed(self, tokens: Int[ndarray, "prompts position"]) -> Float[ndarray, "prompts position d_model"]:
-        """What the writer `input` says: token and position embeddings."""
+        """What the writer `input` says: token and position embeddings. Raises `TaskError` for more tokens than there are positions."""
+        if self.positions is not None and tokens.shape[-1] > len(self.positions):
+            raise TaskError(
+                f"the model does not take prompts of {tokens.shape[-1]} tokens: it has learned positions for {len(self.positions)}"
+            )
         x: Float[ndarray, "prompts position d_model"] = self.embedding_scale * self.embedding[tokens]
         return x if self.positions is None else x + self.positions[: tokens.shape[-1]]
 
@@ -76,6 +81,10 @@ class ReferenceModel:
 
     def forward(self, tokens: Int[ndarray, "prompts position"]) -> Float[ndarray, "prompts position vocabulary"]:
         """The logits, computed as any decoder does: one stream, no graph."""
+        return self.unembed(self.stream(tokens))
+
+    def stream(self, tokens: Int[ndarray, "prompts position"]) -> Float[ndarray, "prompts position d_model"]:
+        """The residual stream after the last layer."""
         stream = self.embed(tokens)
         for layer in self.layers:
             before = stream
@@ -83,7 +92,7 @@ class ReferenceModel:
                 stream = stream + layer.attention(before)
             if layer.mlp is not None:
                 stream = stream + layer.mlp(before if layer.is_parallel else stream)
-        return self.unembed(stream)
+        return stream
 
     def weights_hash(self) -> str:
         """SHA-256 of every array and setting."""

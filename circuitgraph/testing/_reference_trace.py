@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,17 @@ from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph.testing._reference_engine import ReferenceEngine, masked_run, source_values
+from circuitgraph.testing._reference_engine import ReferenceEngine, Run, masked_run, source_values
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from numpy import ndarray
+
+    Tokens = Int[ndarray, "prompts position"]
+
+_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class ReferenceTrace:
 
     model: ReferenceModel
     per_head_kv: bool = False
+    tokenizer: Any | None = None
 
     @property
     def name(self) -> str:
@@ -38,12 +43,15 @@ class ReferenceTrace:
         return self.model.graph(per_head_kv=self.per_head_kv)
 
     @property
-    def tokenizer(self) -> None:
-        return None
-
-    @property
     def provenance(self) -> Mapping[str, Any]:
-        return {"model": self.name, "weights_sha256": self.model.weights_hash(), "dtype": "float64", "backend": "reference"}
+        return {
+            "id": self.name,
+            "weights_sha256": self.model.weights_hash(),
+            "dtype": "float64",
+            "device": "cpu",
+            "backend": "reference",
+            "versions": {"numpy": np.__version__},
+        }
 
     @property
     def architecture(self) -> Architecture:
@@ -72,21 +80,51 @@ class ReferenceTrace:
         return ReferenceEngine(self.model, self.graph, pairs, chosen, origin)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
+        check_vocabulary(pairs, self.model.vocabulary)
         return np.stack([self.model.forward(tokens[None])[0, -1] for tokens in pairs.clean])
 
     def checks(self, pairs: PromptPairs) -> Iterator[Check]:
-        yield self._check("F(1)", "the model's logits differ by at most", pairs, np.ones(self.graph.shape), self.logits(pairs))
-        corrupted = np.stack([self.model.forward(tokens[None])[0, -1] for tokens in pairs.corrupted])
-        yield self._check("F(0)", "the corrupted run's logits differ by at most", pairs, np.zeros(self.graph.shape), corrupted)
+        engine, ones = self.bind(pairs, "nll"), np.ones(self.graph.shape)
+        both = [(clean[None], corrupted[None]) for clean, corrupted in zip(pairs.clean, pairs.corrupted, strict=True)]
+        forward, run = self.model.forward, self._run
+        error = _worst((run(*pair, ones).logits, forward(pair[0])[:, -1]) for pair in both)
+        yield Check("F(1) is the model", "largest logit difference, relative", error, _TOLERANCE)
+        error = _worst((run(*pair, 0 * ones).logits, forward(pair[1])[:, -1]) for pair in both)
+        yield Check("F(0) is the source run", "largest logit difference, relative", error, _TOLERANCE)
+        plain = [(run(*pair, ones), self.model.stream(pair[0])) for pair in both]
+        error = _worst((found.values.sum(1) + found.constant, stream) for found, stream in plain)
+        yield Check("readers are the sum of their writers", "largest difference, relative", error, _TOLERANCE)
+        error = _worst(part for pair in both[:4] for part in self._padded(pair))
+        yield Check("padding changes nothing", "largest difference of what a writer says, relative", error, _TOLERANCE)
+        dead = [reader.name for r, reader in enumerate(self.graph.readers) if _moves_nothing(engine, r)]
+        what = f"of {len(self.graph.readers)} readers, those whose patch moves no prompt ({', '.join(dead[:8]) or 'none'})"
+        yield Check("readers move the output", what, float(len(dead)), float(len(self.graph.readers) - 1))
 
-    def _check(self, name: str, what: str, pairs: PromptPairs, mask: Float[ndarray, "readers writers"], expected: Any) -> Check:
-        source = source_values(self.model, self.graph, pairs, Source("corrupted"))
-        logits = [
-            masked_run(self.model, self.graph, self.model.embed(tokens[None]), mask, source[i][None]).logits
-            for i, tokens in enumerate(pairs.clean)
-        ]
-        error = np.abs(np.concatenate([row for row in logits if row is not None]) - expected).max()
-        return Check(name, what, float(error), float(1e-10 * np.abs(expected).max()))
+    def _run(self, clean: Tokens, corrupted: Tokens, mask: Float[ndarray, "readers writers"]) -> Run:
+        pair = PromptPairs(clean, corrupted, [0])
+        source = source_values(self.model, self.graph, pair, Source("corrupted"))
+        return masked_run(self.model, self.graph, self.model.embed(clean), mask, source[0][None])
+
+    def _padded(self, pair: tuple[Tokens, Tokens]) -> Iterator[tuple[Any, Any]]:
+        """What writers say at a prompt's positions with tokens behind it, and without; nothing where the model has no more positions."""
+        length, positions = pair[0].shape[1], self.model.positions
+        n_pads = 3 if positions is None else min(3, len(positions) - length)
+        if n_pads > 0:
+            mask = np.random.default_rng(0).uniform(size=self.graph.shape)
+            clean, corrupted = (np.pad(ids, ((0, 0), (0, n_pads))) for ids in pair)
+            yield self._run(clean, corrupted, mask).values[:, :, :length], self._run(*pair, mask).values
+
+
+def _worst(pairs: Iterable[tuple[Any, Any]]) -> float:
+    """The largest difference of two arrays over the largest value of the second; NaN if there is one."""
+    return float(np.max([0.0, *(np.abs(got - expected).max() / np.abs(expected).max() for got, expected in pairs)]))
+
+
+def _moves_nothing(engine: ReferenceEngine, reader: int) -> bool:
+    masks = np.ones((2, *engine.graph.shape))
+    masks[1, reader] = 0
+    whole, patched = engine.evaluate(masks)
+    return bool(np.array_equal(whole, patched))
 
 
 def _block(layer: ReferenceLayer, path: str) -> Block:

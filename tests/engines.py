@@ -1,0 +1,108 @@
+"""One table of engines with the same weights. What stands above the protocol runs over every row, as networkx's suite over its backends.
+
+The numpy reference is the loop-back backend. This module is it: what an outside package would have to offer, `trace` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twins import small_model, twin
+
+import circuitgraph
+from circuitgraph import _plugins
+from circuitgraph._engine import Engine, TracedModel
+from circuitgraph._errors import unknown_name
+from circuitgraph.testing import ReferenceModel, ReferenceTrace, random_pairs
+
+BACKENDS = ("reference", "torch", "jax")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+# JAX compiles once for each number of prompts and each length: tests that can do with these prompts share what was compiled.
+PAIRS = replace(random_pairs(3, lengths=(3, 5, 5)), answers=[[1], [2, 5], [3]], wrong_answers=[[4, 6], [7], [8, 9, 0]])
+SHORT = PAIRS.select([1, 2])
+
+_LLAMA: dict[str, Any] = {"n_kv_heads": 1, "rotary_base": 1e4, "n_positions": 0, "gated": True, "act": "silu", "biases": False}
+ONLY_REFERENCE: dict[str, dict[str, Any]] = {
+    "gemma": {**_LLAMA, "post_norm": True, "logit_softcap": 3.0},
+    "post-norm with biases": {"norm": "layer", "post_norm": True},
+    "neox": {"parallel": True, "norm": "layer"},
+    "granite": {**_LLAMA, "scale": 0.3},
+    "attention only": {"d_mlp": 0},
+    "mlp only": {"n_heads": 0, "act": "gelu"},
+    "without norms": {"norm": None, "act": "identity"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a model in a backend. `tolerance` is how far its float64 numbers may be off, relative."""
+
+    backend: str
+    family: str
+    tolerance: float = 1e-9
+
+    @property
+    def traced(self) -> TracedModel:
+        return traced(self.backend, self.family)
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.family}"
+
+
+# Hugging Face's RMSNorm computes in float32 even in a float64 model; its LayerNorm does not, nor does JAX or the reference.
+ROWS = (
+    *(Row("reference", family) for family in ("gpt2", "llama", *ONLY_REFERENCE)),
+    *(Row("torch", family, tolerance) for family, tolerance in (("gpt2", 1e-9), ("llama", 2e-5))),
+    *(Row("jax", family) for family in ("gpt2", "llama")),
+)
+
+
+# Rows for algorithms: finite differences and close decisions need float64 throughout. One has heads in groups.
+EXACT = tuple(row for row in ROWS if row.family in ("gpt2", "granite"))
+every_engine = pytest.mark.parametrize("row", EXACT, ids=str)
+
+
+@cache
+def traced(backend: str, family: str = "gpt2", *, per_head_kv: bool = False) -> TracedModel:
+    """A small float64 model, `gpt2` or `llama` with the same weights in every backend, or another one of the reference's."""
+    if family in ONLY_REFERENCE:
+        return ReferenceModel.random(14, **ONLY_REFERENCE[family]).traced(per_head_kv=per_head_kv)
+    if backend == "reference":
+        return trace(small_model(family), per_head_kv=per_head_kv)
+    return circuitgraph.trace(small_model(family), backend=backend, per_head_kv=per_head_kv)
+
+
+@cache
+def bound(row: Row, metric: str = "logit_diff", source: Any = "corrupted") -> Engine:
+    """An engine, bound once for all tests that ask it the same."""
+    return row.traced.bind(SHORT, metric, source)
+
+
+def trace(model: Any, *, per_head_kv: bool = False, dtype: str = "float64") -> ReferenceTrace:
+    """A GPT-2 or Llama of Hugging Face, or the folder, id or `zoo:` name of one, as the numpy reference model."""
+    if dtype != "float64":
+        raise unknown_name("dtype", dtype, ["float64"])
+    if not isinstance(model, str | Path):
+        return ReferenceTrace(twin(model), per_head_kv)
+    from circuitgraph_torch._load import load
+
+    loaded = load(str(model))
+    return ReferenceTrace(twin(loaded.model, name=loaded.name), per_head_kv, loaded.tokenizer)
+
+
+def with_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the loop-back backend by its name, as installing a package would."""
+    registered: Callable[[str], EntryPoints] = _plugins._registered
+
+    def and_reference(group: str) -> EntryPoints:
+        more = [EntryPoint("reference", __name__, group)] if group == _plugins.BACKENDS else []
+        return EntryPoints([*registered(group), *more])
+
+    monkeypatch.setattr(_plugins, "_registered", and_reference)
