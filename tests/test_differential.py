@@ -86,6 +86,15 @@ def test_gradient_agrees(family: str, backend: str, metric: str, source: str) ->
     assert np.allclose(ours.gradient(mask), expected, atol=SLOPE * np.abs(expected).max())
 
 
+@backends
+def test_gradient_at_the_model_tells_heads_of_a_group_apart(backend: str) -> None:
+    """Keys and values of a group are the same numbers at `m = 1`, but not what they are used for. (PyTorch once gave all to the first head.)"""
+    reference, ours = engine("llama", "reference", per_head_kv=True), engine("llama", backend, per_head_kv=True)
+    everything = np.ones(ours.graph.shape)
+    expected = reference.gradient(everything)
+    assert np.allclose(ours.gradient(everything), expected, atol=SLOPE * np.abs(expected).max())
+
+
 @families
 @backends
 def test_mixed_gradient_and_activations_agree(family: str, backend: str) -> None:

@@ -140,7 +140,8 @@ class Forward:
             projected = self._project(joint, plan, x)
             with torch.set_grad_enabled(self._tape is not None):
                 projected.requires_grad_(self._tape is not None)
-                shared = plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
+                # One pass for all is enough to run, but not to tell apart the gradients of readers that say the same.
+                shared = self._tape is None and plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
                 mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared)
                 written = joint.write(mixed, [*(alive - layer.first_head)])
             if self._tape is not None:
