@@ -88,7 +88,7 @@ def test_gradient_agrees(family: str, backend: str, metric: str, source: str) ->
 
 @backends
 def test_gradient_at_the_model_tells_heads_of_a_group_apart(backend: str) -> None:
-    """Keys and values of a group are the same numbers at `m = 1`, but not what they are used for. (PyTorch once gave all to the first head.)"""
+    """At `m = 1` a group's keys and values are equal, but not what they are used for. (PyTorch once gave all to the first head.)"""
     reference, ours = engine("llama", "reference", per_head_kv=True), engine("llama", backend, per_head_kv=True)
     everything = np.ones(ours.graph.shape)
     expected = reference.gradient(everything)
