@@ -13,7 +13,7 @@ import numpy as np
 
 from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._graph import Graph
-from circuitgraph._names import Edge, Reader, Writer
+from circuitgraph._names import Edge, Reader
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -86,7 +86,7 @@ class Circuit:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The ends of the kept edges, in the graph's order."""
-        ends = {self.graph.writers[w].name for w in np.flatnonzero(self.mask.any(axis=0))}
+        ends = {self.graph.writers[w].node for w in np.flatnonzero(self.mask.any(axis=0))}
         for r in np.flatnonzero(self.mask.any(axis=1)):
             ends.update(self.nodes_of(self.graph.readers[r]))
         return tuple(name for name in self.graph.nodes if name in ends)
@@ -96,8 +96,8 @@ class Circuit:
         names = self.graph.nodes_of(reader)
         if len(names) < 2:
             return names
-        heard = [name for name in names if self.mask[:, self.graph.writer_id(Writer.parse(name))].any()]
-        return tuple(heard) or names
+        said = {self.graph.writers[w].node for w in np.flatnonzero(self.mask.any(axis=0))}
+        return tuple(name for name in names if name in said) or names
 
     def is_kept(self, edge: Edge | str) -> bool:
         """Whether an edge such as `a5.h1->a9.h6<q>` is in the circuit. Raises `UnknownNameError` when the graph has no such edge."""
@@ -147,7 +147,7 @@ class Circuit:
         for _, target, key, data in list(graph.edges(keys=True, data=True)):
             reader, (r, w) = data["edge"].reader, self.graph.edge_id(data["edge"])
             if target not in self.nodes_of(reader):
-                graph.remove_edge(data["edge"].writer.name, target, key=key)
+                graph.remove_edge(data["edge"].writer.node, target, key=key)
             elif self.scores is not None and not math.isnan(self.scores[r, w]):
                 data["score"] = float(self.scores[r, w])
         graph.remove_nodes_from(set(graph) - set(self.nodes))

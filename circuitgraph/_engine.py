@@ -10,7 +10,7 @@ and `F(m)` is the metric at the end of that run: `F(1)` is the model, `F(0)` the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -27,26 +27,57 @@ if TYPE_CHECKING:
 
     from circuitgraph._architecture import Architecture
 
-SourceKind = Literal["corrupted", "zero", "mean", "mean-per-position"]
+SourceKind = Literal["corrupted", "zero", "mean", "mean-per-position", "optimal"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Where patched values come from.
 
     `corrupted`: the pair's corrupted prompt. `zero`. `mean`: one vector per writer, the mean over prompts and positions.
     `mean-per-position`: one per writer and position, over prompts of the same length. Means are over `data`'s clean prompts if given,
-    else over the corrupted prompts of the pairs in use.
+    else over the corrupted prompts of the pairs in use. `optimal`: one vector per writer that hurts least (Li & Janson 2024), given as
+    `constants` `[writers, d_model]`; `discover` and `evaluate` fit them where they are not given.
     """
 
     kind: SourceKind = "corrupted"
     data: PromptPairs | None = None
+    constants: Float[ndarray, "writers d_model"] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SourceKind):
             raise unknown_name("source", self.kind, get_args(SourceKind))
         if self.data is not None and not isinstance(self.data, PromptPairs):
             raise CircuitGraphError(f"source: its data is {self.data!r}; expected PromptPairs")
+        if self.constants is not None:
+            constants = np.array(self.constants, dtype=np.float64)
+            if self.kind != "optimal" or constants.ndim != 2 or not np.isfinite(constants).all():
+                raise CircuitGraphError("source: constants are for 'optimal' only; expected finite numbers [writers, d_model]")
+            constants.setflags(write=False)
+            object.__setattr__(self, "constants", constants)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How `gradient` goes back through what is not linear in the stream; the forward run is always the model's own.
+
+    `norms`: "frozen" treats the scale of every norm as a constant (the mean that a layer norm takes away is still linear).
+    `patterns`: "frozen" treats attention patterns as constants, so edges into `q` and `k` score 0; "recomputed" scores each of these edges
+    by what attention says when it alone is patched, to first order after that (the QK fix of AtP*, Kramar et al. 2024; at `m = 1` only).
+    `activations`: "ratio" puts act(x) / x in place of act'(x). `gates`: "half" gives each of two multiplied branches half of its gradient.
+    `dropped_layer`: nothing goes back through the readers of this layer, and edges into them score 0 (GradDrop, Kramar et al. 2024).
+    """
+
+    norms: Literal["exact", "frozen"] = "exact"
+    patterns: Literal["exact", "frozen", "recomputed"] = "exact"
+    activations: Literal["exact", "ratio"] = "exact"
+    gates: Literal["exact", "half"] = "exact"
+    dropped_layer: int | None = None
+
+
+EXACT = Rule()
+QK_FIX = Rule(patterns="recomputed")
+RELP = Rule(norms="frozen", patterns="frozen", activations="ratio", gates="half")
 
 
 @runtime_checkable
@@ -61,7 +92,11 @@ class WriterValues(Protocol):
 
 
 class Engine(Protocol):
-    """A traced model bound to prompt pairs, a metric and a source."""
+    """A traced model bound to prompt pairs, a metric and a source.
+
+    Every mask may have a last axis of spans, `[..., readers, writers, spans]`: the edge at the positions of each part of the prompt, in the
+    order of `spans`. Gradients then have it too.
+    """
 
     @property
     def graph(self) -> Graph: ...
@@ -71,6 +106,11 @@ class Engine(Protocol):
 
     @property
     def n_prompts(self) -> int: ...
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The parts of the prompts by name; none where the pairs do not say."""
+        ...
 
     def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> WriterValues:
         """What every writer says in the run under `mask` (default: the model itself)."""
@@ -83,13 +123,25 @@ class Engine(Protocol):
         ...
 
     def gradient(
-        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
+        self,
+        mask: Float[ndarray, "readers writers"],
+        *,
+        source: WriterValues | None = None,
+        mix: float | Sequence[float] = 1.0,
+        rule: Rule = EXACT,
     ) -> Float[ndarray, "prompts readers writers"]:
         """`dF/dm`, per prompt: for each edge `<dF/dx_r, live_w - source_w>`.
 
         With `mix < 1`, `dF/dx_r` is taken in the run whose input embedding is `source + mix * (clean - source)` (a point on the path of
-        EAP-IG, Hanna et al. 2024), while `live_w` is still that of `mix = 1`.
+        EAP-IG, Hanna et al. 2024), while `live_w` is still that of `mix = 1`; of several mixes, which may run together, the mean.
         """
+        ...
+
+    def source_gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "prompts writers d_model"]:
+        """The gradient of `F` under a mask in a vector added to what each writer says in the source run, the same at every position:
+        the sum over readers and positions of `(1 - m[r, w]) * dF/dx_r`. (Sources do not depend on each other.)"""
         ...
 
     def reversed(self) -> Engine:
@@ -157,13 +209,16 @@ class Backend(Protocol):
 class Outcome:
     """What an algorithm found: the kept edges, a score per edge, and what it wants on record (plain values only).
 
-    `done` is the fraction of the work behind it; a generator's last outcome has 1.
+    `done` is the fraction of the work behind it; a generator's last outcome has 1. `prompt_scores`: the scores of each prompt, whose mean
+    are the scores, where the algorithm has them. `graph`: the graph of mask and scores where it is not the engine's but split by spans.
     """
 
     mask: Bool[ndarray, "readers writers"]
     scores: Float[ndarray, "readers writers"] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     done: float = 1.0
+    prompt_scores: Float[ndarray, "prompts readers writers"] | None = None
+    graph: Graph | None = None
 
 
 @runtime_checkable
@@ -183,14 +238,22 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
     return deque(steps, maxlen=1)[0]
 
 
-def checked_mask(mask: Any, shape: tuple[int, ...]) -> Float[ndarray, ...]:
-    """A mask, or a stack of them if `shape` has three axes (its first counts for nothing). Raises `CircuitGraphError`."""
+def checked_mask(mask: Any, shape: tuple[int, ...], spans: Sequence[str] = ()) -> Float[ndarray, ...]:
+    """A mask, or a stack of them if `shape` has three axes (its first counts for nothing); with a last axis of spans if it has one.
+
+    Raises `CircuitGraphError`.
+    """
     try:
         checked = np.asarray(mask)
         checked = checked if checked.dtype.kind in "biuf" else checked.astype(float)
     except (TypeError, ValueError):
         raise CircuitGraphError(f"mask: {mask!r}; expected an array of numbers, 1 for live and 0 for source") from None
-    if checked.ndim != len(shape) or checked.shape[-2:] != shape[-2:]:
+    lanes = len(shape) - 2
+    has_spans = checked.ndim == len(shape) + 1
+    if has_spans and checked.shape[lanes:] != (*shape[-2:], len(spans)):
+        known = f"the prompts have the spans {', '.join(spans)}" if spans else "the prompts have no spans"
+        raise CircuitGraphError(f"mask of shape {checked.shape}: {known}, so its last axis has the length {len(spans)}")
+    if not has_spans and (checked.ndim != len(shape) or checked.shape[lanes:] != shape[-2:]):
         wanted = "[lanes, readers, writers]" if len(shape) == 3 else "[readers, writers]"
         raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {shape[-2:]} readers and writers")
     if not np.isfinite(checked).all():
@@ -204,13 +267,18 @@ def check_source_values(values: WriterValues, n_prompts: int) -> None:
         raise CircuitGraphError(f"source values of {len(values)} prompts for an engine with {n_prompts}")
 
 
-def check_gradient(metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float) -> None:
+def check_gradient(
+    metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float | Sequence[float] = 1.0, rule: Rule = EXACT
+) -> None:
     """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction."""
+    is_live = bool(np.all(np.asarray(mask)[graph.visible] == 1))
+    if rule.patterns == "recomputed" and not is_live:
+        raise CircuitGraphError("a gradient with recomputed attention patterns is that of the model itself; expected a mask of ones")
     if not metric.is_differentiable:
         raise DegenerateError(
             f"metric {metric.name} has no gradient; use logit_diff, prob_diff or nll, or a method that only evaluates (acdc)"
         )
-    if metric.flat_at_clean and mix == 1.0 and bool(np.all(np.asarray(mask)[graph.visible] == 1)):
+    if metric.flat_at_clean and is_live and np.all(np.asarray(mix) == 1):
         raise DegenerateError(
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "
             "use logit_diff or prob_diff, or a method that works with it: acdc or activation-patching"

@@ -8,7 +8,7 @@ forwards or backwards, is a topological one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
@@ -107,7 +107,7 @@ class Graph:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The usual nodes: the input, heads, MLPs and the logits (158 in GPT-2 small)."""
-        return (*(writer.name for writer in self.writers), "logits")
+        return (*dict.fromkeys(writer.node for writer in self.writers), "logits")
 
     def writer_id(self, writer: Writer | str) -> int:
         """The column of a writer. Raises `UnknownNameError` with the nearest names."""
@@ -122,9 +122,8 @@ class Graph:
         if parsed in self._reader_ids:
             return self._reader_ids[parsed]
         grouped = [i for i, r in enumerate(self.readers) if r.is_grouped and r.kind == parsed.kind and r.layer == parsed.layer]
-        head = self._writer_ids.get(Writer("head", parsed.layer, parsed.index))
-        if not parsed.is_grouped and head is not None and grouped:
-            heads = [w for w in self.writers if w.kind == "head" and w.layer == parsed.layer]
+        heads = {w.index for w in self.writers if w.kind == "head" and w.layer == parsed.layer}
+        if not parsed.is_grouped and parsed.index in heads and grouped:
             return grouped[parsed.index * len(grouped) // len(heads)]
         raise unknown_name("reader", parsed.name, (r.name for r in self.readers))
 
@@ -185,7 +184,7 @@ class Graph:
         return graph
 
     def node_graph(self, mask: Bool[ndarray, "readers writers"] | None = None) -> nx.MultiDiGraph:
-        """The usual graph: nodes are names, an edge's key is "q", "k", "v", "mlp" or "logits".
+        """The usual graph: nodes are names, an edge's key is "q", "k", "v", "mlp" or "logits", and the span if there is one.
 
         A grouped `k` or `v` reader gives one edge to each head of its group. With a `mask`, only kept edges and their ends.
         """
@@ -197,17 +196,41 @@ class Graph:
         for r, w in np.argwhere(self.visible if mask is None else np.asarray(mask, dtype=bool) & self.visible):
             reader = self.readers[r]
             for target in self.nodes_of(reader):
-                graph.add_edge(self.writers[w].name, target, key=reader.kind, edge=Edge(self.writers[w], reader))
+                writer = self.writers[w]
+                key = f"{reader.kind}@{writer.span}" if writer.span else reader.kind
+                graph.add_edge(writer.node, target, key=key, edge=Edge(writer, reader))
         return graph
 
     def nodes_of(self, reader: Reader) -> tuple[str, ...]:
         """The nodes a reader belongs to: itself, or the heads of its group."""
         if not reader.is_grouped:
             return (reader.node,)
-        heads = [w for w in self.writers if w.kind == "head" and w.layer == reader.layer]
+        heads = [*dict.fromkeys(w.node for w in self.writers if w.kind == "head" and w.layer == reader.layer)]
         groups = sum(r.kind == reader.kind and r.layer == reader.layer for r in self.readers)
         size = len(heads) // groups
-        return tuple(w.name for w in heads[reader.index * size : (reader.index + 1) * size])
+        return tuple(heads[reader.index * size : (reader.index + 1) * size])
+
+    def by_span(self, spans: Sequence[str]) -> Graph:
+        """The same graph with every writer split by the spans of a prompt: `a5.h1@S2` is what `a5.h1` says there.
+
+        The columns of a writer stand together, so a mask `[readers, writers, spans]` is one of this graph, reshaped: an edge lies at one
+        position, and only heads mix positions.
+
+        >>> from circuitgraph._graph import Layer, transformer_graph
+        >>> graph = transformer_graph([Layer(n_heads=1, n_kv_heads=1)]).by_span(["S", "END"])
+        >>> print(*graph.writers, graph.n_edges)
+        input@S input@END a0.h0@S a0.h0@END m0@S m0@END 16
+        """
+        if not spans or len(set(spans)) < len(spans) or any(writer.span for writer in self.writers):
+            raise CircuitGraphError(f"graph by span: {[*spans]}; expected different names, for a graph that is not split yet")
+        writers = tuple(replace(writer, span=span) for writer in self.writers for span in spans)
+        visible, feeds = (np.repeat(matrix, len(spans), axis=1) for matrix in (self.visible, self.feeds))
+        return Graph(writers, self.readers, visible, feeds)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The spans by which the writers are split, if they are."""
+        return tuple(dict.fromkeys(writer.span for writer in self.writers if writer.span))
 
 
 def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False) -> Graph:

@@ -1,6 +1,7 @@
 """The one place that knows the notation of EAP-IG and MIB: `input`, `a5.h1`, `m3`, `logits`, `a5.h1->a9.h6<q>`.
 
-With grouped-query attention a reader shared by the heads of group 2 is written `a9.g2<k>`.
+With grouped-query attention a reader shared by the heads of group 2 is written `a9.g2<k>`. What a writer says in one span of the prompt
+only is written `a5.h1@S2`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ReaderKind = HeadInput | Literal["mlp", "logits"]
 
 _HEAD = re.compile(r"a?(\d+)\.(h|g)?(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?(\d+)", re.IGNORECASE)
+_SPAN = re.compile(r"[^\s@<>-]+")
 _HEAD_INPUT = re.compile(r"(a?\d+\.[hg]?\d+)(?:<([qkv])>|\.([qkv]))", re.IGNORECASE)
 _EXPECTED_WRITER = "expected 'input', a head such as 'a5.h1' or an MLP such as 'm3'"
 _EXPECTED_READER = "expected a head's input such as 'a9.h6<q>', an MLP such as 'm3' or 'logits'"
@@ -26,14 +28,23 @@ _EXPECTED_READER = "expected a head's input such as 'a9.h6<q>', an MLP such as '
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP."""
+    """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP.
+
+    `span`: only what it adds at the positions of this part of the prompt; all of them if empty.
+    """
 
     kind: WriterKind
     layer: int = -1
     index: int = -1
+    span: str = ""
 
     @property
     def name(self) -> str:
+        return f"{self.node}@{self.span}" if self.span else self.node
+
+    @property
+    def node(self) -> str:
+        """The name without the span."""
         if self.kind == "head":
             return f"a{self.layer}.h{self.index}"
         return f"m{self.layer}" if self.kind == "mlp" else "input"
@@ -53,17 +64,19 @@ class Writer:
     def parse(cls, text: str) -> Writer:
         """Read a name; `a9.h9`, `A9.9` and `9.9` are the same head. Raises `UnknownNameError`.
 
-        >>> print(Writer.parse("A9.9"))
-        a9.h9
+        >>> print(Writer.parse("A9.9"), Writer.parse("m3@S2").span)
+        a9.h9 S2
         """
         text = text.strip()
-        if text.lower() == "input":
-            return cls("input")
-        if head := _HEAD.fullmatch(text):
-            if (head[2] or "h").lower() == "h":
-                return cls("head", int(head[1]), int(head[3]))
-        if mlp := _MLP.fullmatch(text):
-            return cls("mlp", int(mlp[1]))
+        node, at, span = text.partition("@")
+        if not at or _SPAN.fullmatch(span):
+            if node.lower() == "input":
+                return cls("input", span=span)
+            if head := _HEAD.fullmatch(node):
+                if (head[2] or "h").lower() == "h":
+                    return cls("head", int(head[1]), int(head[3]), span)
+            if mlp := _MLP.fullmatch(node):
+                return cls("mlp", int(mlp[1]), span=span)
         raise UnknownNameError(f"{text!r} is not the name of a writer; {_meant(text, 'input') or _EXPECTED_WRITER}")
 
 

@@ -24,7 +24,8 @@ class PromptPairs:
 
     `clean`, `corrupted`: `[prompts, position]`, or one array per prompt when lengths differ; a pair's two prompts have equal length.
     `answers`, `wrong_answers`: `[prompts]`, or one array of token ids per prompt. `templates` names the template of each prompt.
-    Raises `TaskError` that prints the first pair that does not fit.
+    `spans`: for each prompt, which of `span_names` every position belongs to. Raises `TaskError` that prints the first pair that does not
+    fit.
 
     >>> pairs = PromptPairs(clean=[[5, 6, 7]], corrupted=[[5, 9, 7]], answers=[6], wrong_answers=[9])
     >>> len(pairs)
@@ -36,9 +37,19 @@ class PromptPairs:
     answers: tuple[Int[ndarray, " answers"], ...]
     wrong_answers: tuple[Int[ndarray, " answers"], ...]
     templates: tuple[str, ...]
+    spans: tuple[Int[ndarray, " position"], ...]
+    span_names: tuple[str, ...]
 
     def __init__(
-        self, clean: Rows, corrupted: Rows, answers: Rows, wrong_answers: Rows | None = None, *, templates: Sequence[str] = ()
+        self,
+        clean: Rows,
+        corrupted: Rows,
+        answers: Rows,
+        wrong_answers: Rows | None = None,
+        *,
+        templates: Sequence[str] = (),
+        spans: Rows = (),
+        span_names: Sequence[str] = (),
     ) -> None:
         n = len(_rows(clean, "clean"))
         if n == 0:
@@ -52,8 +63,11 @@ class PromptPairs:
         if templates and len(templates) != n:
             raise TaskError(f"prompt pairs: {len(templates)} templates for {n} prompts; expected one each")
         object.__setattr__(self, "templates", tuple(templates))
+        object.__setattr__(self, "spans", tuple(_ids(row, f"spans[{i}]") for i, row in enumerate(_rows(spans, "spans"))))
+        object.__setattr__(self, "span_names", tuple(span_names))
         for i in range(n):
             self._check(i)
+        self._check_spans()
 
     def _check(self, i: int) -> None:
         clean, corrupted = self.clean[i], self.corrupted[i]
@@ -72,6 +86,15 @@ class PromptPairs:
                 raise TaskError(f"prompt pair {i}: {name} {ids} has a token twice, which would count twice")
         if both := sorted(set(answers) & set(wrong)):
             raise TaskError(f"prompt pair {i}: token {both[0]} is both an answer and a wrong answer")
+
+    def _check_spans(self) -> None:
+        names = self.span_names
+        if bool(names) != bool(self.spans) or len(set(names)) < len(names):
+            raise TaskError(f"prompt pairs: spans named {[*names]} for {len(self.spans)} prompts; expected both or none, each name once")
+        if self.spans and [len(row) for row in self.spans] != [len(ids) for ids in self.clean]:
+            raise TaskError("prompt pairs: spans do not fit the prompts; expected one number for every position of every prompt")
+        if self.spans and max(int(row.max()) for row in self.spans) >= len(names):
+            raise TaskError(f"prompt pairs: a span has no name; expected numbers below {len(names)}")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -95,6 +118,7 @@ class PromptPairs:
             answers=pick(self.answers),
             wrong_answers=pick(self.wrong_answers),
             templates=pick(self.templates) if self.templates else (),
+            spans=pick(self.spans) if self.spans else (),
         )
 
     def buckets(self) -> Iterator[Bucket]:
@@ -108,6 +132,7 @@ class PromptPairs:
                 corrupted=np.stack([self.corrupted[i] for i in index]),
                 answers=_padded([self.answers[i] for i in index]),
                 wrong_answers=_padded([self.wrong_answers[i] for i in index]),
+                spans=np.stack([self.spans[i] for i in index]) if self.spans else np.zeros((len(index), int(length)), dtype=np.int64),
             )
 
 
@@ -130,19 +155,21 @@ class TokenSets:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Pairs of one length; `index` says which prompts of the whole they are."""
+    """Pairs of one length; `index` says which prompts of the whole they are, `spans` the span of each position (0 where there are none)."""
 
     index: Int[ndarray, " bucket"]
     clean: Int[ndarray, "bucket position"]
     corrupted: Int[ndarray, "bucket position"]
     answers: TokenSets
     wrong_answers: TokenSets
+    spans: Int[ndarray, "bucket position"]
 
     def cut(self, size: int) -> Iterator[Bucket]:
         """Parts of at most `size` prompts."""
         for at in range(0, len(self.index), size):
             rows = slice(at, at + size)
-            yield Bucket(self.index[rows], self.clean[rows], self.corrupted[rows], self.answers[rows], self.wrong_answers[rows])
+            prompts = (self.clean[rows], self.corrupted[rows], self.answers[rows], self.wrong_answers[rows])
+            yield Bucket(self.index[rows], *prompts, self.spans[rows])
 
 
 def _rows(value: Rows, name: str) -> list[Any]:

@@ -1,0 +1,1 @@
+"""From scores to a circuit: one way of choosing a file."""
