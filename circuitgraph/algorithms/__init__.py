@@ -7,5 +7,6 @@ from circuitgraph.algorithms._eap import EAP as EAP
 from circuitgraph.algorithms._eap_ig import EAPIG as EAPIG
 from circuitgraph.algorithms._information_flow import InformationFlow as InformationFlow
 from circuitgraph.algorithms._magnitude import Magnitude as Magnitude
+from circuitgraph.algorithms._per_position import PerPosition as PerPosition
 from circuitgraph.algorithms._random import Random as Random
 from circuitgraph.algorithms._relp import RelP as RelP
