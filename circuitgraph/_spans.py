@@ -78,7 +78,8 @@ def token_spans(
         spans = _named(filled, len(row), names, next(cuts)) if asked else list(names)
         named.append([*[BEGIN] * len(encoder.prefix), *spans[:-1], END])
     order = _in_order(slots, {name for row in named for name in row})
-    return [[order.index(name) for name in row] for row in named], order
+    number = {name: i for i, name in enumerate(order)}
+    return [[number[name] for name in row] for row in named], order
 
 
 def _in_order(slots: Iterable[tuple[str, ...]], there: set[str]) -> tuple[str, ...]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from circuitgraph._engine import EXACT, Algorithm, Engine, Outcome, Rule, SteppedAlgorithm, WriterValues, checked_mask, last_outcome
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
@@ -25,11 +23,11 @@ class PerPosition:
 
         x_r[p] = const_r + sum over visible writers w of  m[r, w, span of p] * live_w[p] + (1 - m[r, w, span of p]) * source_w[p]
 
-    An edge `a5.h1@S2->a9.h6<q>` is the edge at the positions of `S2`: a circuit of such edges says where in the prompt a head is heard, which
-    one of whole edges averages over. What supports the behaviour at one position and hurts it at another no longer cancels. Gradient scores
-    (EAP) of an edge's spans add up to its score without spans; what patching does (activation patching, ACDC) does not.
+    An edge `a5.h1@S2->a9.h6<q>` is the edge at the positions of `S2`: a circuit of such edges says where in the prompt a head is heard,
+    which one of whole edges averages over, and what helps at one position and hurts at another no longer cancels. Gradient scores (EAP) of
+    an edge's spans add up to its score without spans; what patching does (activation patching, ACDC) does not.
 
-    Tasks with slots name the spans of their prompts (see `circuitgraph describe`); `PromptPairs` take `spans` and `span_names`. The circuit
+    Tasks with slots name the spans of their prompts (`Task.describe` shows them); `PromptPairs` take `spans` and `span_names`. The circuit
     is of the split graph, and is evaluated on prompts with the same spans.
 
     Cost: for gradient methods that of `algorithm`. For one that tries edges or nodes one by one (activation patching, ACDC) that of
@@ -78,7 +76,8 @@ class BySpan:
     def __post_init__(self) -> None:
         if not self.engine.spans:
             raise CircuitGraphError(
-                "per position: the prompts have no spans; take a task whose prompts have slots, or give PromptPairs(spans=..., span_names=...)"
+                "per position: the prompts have no spans; take a task whose prompts have slots, "
+                "or give PromptPairs their spans and span_names"
             )
 
     @cached_property

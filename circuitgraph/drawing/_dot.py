@@ -17,6 +17,7 @@ COLOURS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#B0609A", "lo
 MEANINGS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP input", "logits": "logits", "merged": "query, key, value"}
 INK, FAINT = "#1F2430", "#8A90A0"
 FONT = "Helvetica,Arial,DejaVu Sans,sans-serif"
+_NAMED = 2  # spans beside a line
 NODES: dict[str, dict[str, str]] = {
     "input": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
     "logits": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
@@ -39,7 +40,7 @@ def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto
             for node in nodes:
                 row.node(node.name, label=_escape(node.label), tooltip=_escape(node.label), **_width(node, plan), **NODES[node.kind])
     for line in plan.lines:
-        dot.edge(line.tail.name, line.head.name, **_stroke(line, plan.strongest))
+        dot.edge(line.tail.name, line.head.name, **_where(line), **_stroke(line, plan.strongest))
     return str(dot.source)
 
 
@@ -95,6 +96,15 @@ def _stroke(line: Line, strongest: float) -> dict[str, str]:
     stroke["penwidth"] = f"{0.7 + 3.1 * share:.2f}"
     stroke["arrowsize"] = f"{0.4 + 0.3 * share:.2f}"
     return {**stroke, "style": "dashed"} if line.score < 0 else stroke
+
+
+def _where(line: Line) -> dict[str, str]:
+    """Beside the line the parts of the prompt at which its edges lie, the first few of them."""
+    if not line.spans:
+        return {}
+    more = " \N{HORIZONTAL ELLIPSIS}" if len(line.spans) > _NAMED else ""
+    label = f" {', '.join(line.spans[:_NAMED])}{more}"
+    return {"label": _escape(label), "fontsize": "8", "fontname": FONT, "fontcolor": COLOURS[line.kind]}
 
 
 def _caption(plan: Plan) -> str:
