@@ -87,6 +87,9 @@ class ReferenceEngine:
         chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape).astype(float)
         return self._collect(lambda batch: self._run(batch, chosen, source).values)
 
+    def source_values(self) -> ReferenceValues:
+        return self._own_source
+
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
