@@ -104,6 +104,14 @@ class TorchEngine:
                 self._done(number)
         return TorchWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
 
+    def source_values(self) -> TorchWriterValues:
+        live, said = self.activations(), []
+        with undisturbed(self._parts.model):
+            for number, values in enumerate(live.batches):
+                said.append(self._source_run(number, None).values.expand_as(values))
+                self._done(number)
+        return TorchWriterValues(tuple(said), live.places)
+
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
