@@ -116,7 +116,7 @@ class Report:
         return write_bytes(path, f"{self.to_json()}\n".encode())
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the faithfulness curve into an SVG, PDF or PNG file, by its suffix. Raises `FileError`, and `CircuitGraphError` without one."""
+        """Draw the faithfulness curve into an SVG, PDF or PNG file, by its suffix. Raises `FileError`, `CircuitGraphError` without one."""
         from circuitgraph.drawing import plot_curve
 
         curve = self.findings.get("curve")
