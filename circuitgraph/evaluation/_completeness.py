@@ -21,8 +21,8 @@ from circuitgraph.evaluation._scale import Scale
 class KnockOut:
     """One set `K`, and how it was found: `sampled`, `greedy` or the name of a role.
 
-    `circuit` and `model` are the mean `F(C \\ K)` and `F(M \\ K)`; `score` the size of their difference and `per_prompt` the difference itself,
-    both in units of `F(M) - F(0)`.
+    `circuit` and `model` are the mean `F(C \\ K)` and `F(M \\ K)`. In units of `F(M) - F(0)`, `score` is the size of their difference and
+    `per_prompt` the difference itself.
     """
 
     how: str
