@@ -55,11 +55,11 @@ class Verdict:
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """One line for each test."""
+        redundant = f", {len(self.redundant)} of {self.edges_tested} edges"
         return tuple(
             (
-                f"{test.name}: {test.null}",
-                f"{'rejected' if test.is_rejected else 'not rejected'} (p {test.p:.3g}, {self.correction} {test.adjusted_p:.3g})"
-                + (f"; {len(self.redundant)} of {self.edges_tested} edges" if test.name == "minimality" else ""),
+                f"{test.name}, p {test.p:.3g} ({self.correction} {test.adjusted_p:.3g})",
+                f"{'rejected' if test.is_rejected else 'not rejected'}: {test.null}" + (redundant if test.name == "minimality" else ""),
             )
             for test in self.tests
         )

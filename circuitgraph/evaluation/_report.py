@@ -92,7 +92,7 @@ class Report:
             (f"{self.metric}, circuit", f"{self.metric_circuit + 0.0:.4g}"),
             (f"{self.metric}, all but the circuit", f"{self.metric_complement + 0.0:.4g}"),
             ("faithfulness (1 is the model)", str(Estimate(self.faithfulness, self.faithfulness_interval))),
-            ("the same with every edge between its nodes", str(Estimate(self.node_faithfulness, self.node_faithfulness_interval))),
+            ("faithfulness of its nodes", str(Estimate(self.node_faithfulness, self.node_faithfulness_interval))),
             ("complement (0: nothing left out)", str(Estimate(self.complement, self.complement_interval))),
             *(row for finding in self.findings.values() for row in finding.rows()),
         )
