@@ -6,5 +6,6 @@ from circuitgraph.files._json import SCHEMA as SCHEMA
 from circuitgraph.files._json import load as load
 from circuitgraph.files._json import save as save
 from circuitgraph.files._mib import from_mib as from_mib
+from circuitgraph.files._mib import load_any as load_any
 from circuitgraph.files._mib import save_mib as save_mib
 from circuitgraph.files._mib import to_mib as to_mib
