@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from circuitgraph._engine import Engine, Outcome
 from circuitgraph._errors import CircuitGraphError, UnknownNameError
 from circuitgraph._graph import Layer, transformer_graph
 from circuitgraph.algorithms import ACDC, EAP
+from circuitgraph.drawing._joint import OWNERS, joint_dot
 from circuitgraph.evaluation._compare import compare
 from circuitgraph.evaluation._edge_confidence import edge_confidence, strata_of
 from circuitgraph.evaluation._overlap import jaccard, jaccard_by_chance
@@ -219,3 +221,28 @@ def test_confidence_is_a_share() -> None:
     circuit = Circuit(GRAPH, GRAPH.visible, confidence=GRAPH.visible * 0.5)
     assert (circuit | circuit).confidence is not None
     assert (circuit | Circuit(GRAPH, GRAPH.visible)).confidence is None
+
+
+# Pictures
+
+
+def test_pictures_say_how_sure_an_edge_is() -> None:
+    circuit = Circuit(GRAPH, GRAPH.visible, confidence=np.where(GRAPH.visible, 0.25, np.nan))
+    assert circuit.to_dot().count('label=" 25%"') == circuit.n_edges
+    assert "confidence" in circuit.to_dot()
+    assert "confidence" not in Circuit(GRAPH, GRAPH.visible).to_dot()
+
+
+def test_a_joint_picture_says_who_has_an_edge(tmp_path: Path) -> None:
+    whole = Circuit(GRAPH, GRAPH.visible)
+    half = Circuit(GRAPH, GRAPH.visible & (np.array([r.kind for r in GRAPH.readers]) != "q")[:, None])
+    dot = joint_dot({"whole": whole, "half": half}, detail="edges")
+    assert dot.count(f'color="{OWNERS[0]}"') == whole.n_edges - half.n_edges
+    assert dot.count("penwidth=1.8") == half.n_edges
+    assert all(word in dot for word in ("whole only", "half only", "both"))
+    assert compare({"whole": whole, "half": half}).render(tmp_path / "both.dot").read_text() == joint_dot({"whole": whole, "half": half})
+    with pytest.raises(CircuitGraphError, match="2 to 6"):
+        joint_dot({"whole": whole})
+    with pytest.raises(CircuitGraphError, match="different graphs"):
+        other = transformer_graph([Layer(2, 2)])
+        joint_dot({"whole": whole, "other": Circuit(other, other.visible)})
