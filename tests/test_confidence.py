@@ -243,6 +243,6 @@ def test_a_joint_picture_says_who_has_an_edge(tmp_path: Path) -> None:
     assert compare({"whole": whole, "half": half}).render(tmp_path / "both.dot").read_text() == joint_dot({"whole": whole, "half": half})
     with pytest.raises(CircuitGraphError, match="2 to 6"):
         joint_dot({"whole": whole})
+    other = transformer_graph([Layer(2, 2)])
     with pytest.raises(CircuitGraphError, match="different graphs"):
-        other = transformer_graph([Layer(2, 2)])
         joint_dot({"whole": whole, "other": Circuit(other, other.visible)})
