@@ -36,7 +36,7 @@ def mean_interval(values: Float[ndarray, " prompts"], *, seed: int = 0) -> Inter
     """
     if len(values) < 2:
         return None
-    return _percentiles(resampled_means(values[None], seed=seed)[:, 0])
+    return interval_of(resampled_means(values[None], seed=seed)[:, 0])
 
 
 def ratio_interval(over: Float[ndarray, " prompts"], under: Float[ndarray, " prompts"], *, seed: int = 0) -> Interval | None:
@@ -46,10 +46,12 @@ def ratio_interval(over: Float[ndarray, " prompts"], under: Float[ndarray, " pro
     means = resampled_means(np.stack([over, under]), seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means[:, 0] / means[:, 1]
-    return _percentiles(ratios[np.isfinite(ratios)])
+    return interval_of(ratios)
 
 
-def _percentiles(statistic: Float[ndarray, " resamples"]) -> Interval | None:
+def interval_of(statistic: Float[ndarray, " resamples"]) -> Interval | None:
+    """The percentiles of a resampled statistic, without the resamples where it is not a number."""
+    statistic = statistic[np.isfinite(statistic)]
     if len(statistic) == 0:
         return None
     tail = (1 - CONFIDENCE) / 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuitgraph._errors import DegenerateError
-from circuitgraph.evaluation._bootstrap import Interval, mean_interval, ratio_interval
+from circuitgraph.evaluation._bootstrap import CONFIDENCE, Interval, mean_interval, ratio_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,6 +28,9 @@ class Faithfulness:
 
     value: float
     interval: Interval | None
+
+    def __str__(self) -> str:
+        return with_interval(self.value, self.interval)
 
 
 def faithfulness(
@@ -63,3 +66,18 @@ def check_gap(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompt
         f"(difference {gap.mean():.4g}{within}), so every circuit would look perfect; "
         "use more prompts, a corruption that changes the answer, or another source or metric"
     )
+
+
+def with_interval(value: float, interval: Interval | None) -> str:
+    """The value and its interval, as a report prints them.
+
+    >>> with_interval(0.5, (0.25, -1e-9))
+    '0.500 (95%: 0.250 to 0.000)'
+    """
+    between = f" ({CONFIDENCE:.0%}: {_rounded(interval[0])} to {_rounded(interval[1])})" if interval else " (one prompt: no interval)"
+    return _rounded(value) + between
+
+
+def _rounded(value: float) -> str:
+    """Three decimals, and never -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"

@@ -72,8 +72,8 @@ class Report:
             (f"{self.metric}, {self.source}", f"{self.metric_corrupted + 0.0:.4g}"),
             (f"{self.metric}, circuit", f"{self.metric_circuit + 0.0:.4g}"),
             (f"{self.metric}, all but the circuit", f"{self.metric_complement + 0.0:.4g}"),
-            ("faithfulness (1 is the model)", f"{_rounded(self.faithfulness)}{_between(self.faithfulness_interval)}"),
-            ("completeness (0 is complete)", f"{_rounded(self.completeness)}{_between(self.completeness_interval)}"),
+            ("faithfulness (1 is the model)", f"{with_interval(self.faithfulness, self.faithfulness_interval)}"),
+            ("completeness (0 is complete)", f"{with_interval(self.completeness, self.completeness_interval)}"),
         )
 
     def __str__(self) -> str:
@@ -176,12 +176,3 @@ def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
     is_comparable = model.get("name") == question.traced.name and model.get("backend") == now.get("backend")  # each hashes in its own way
     if is_comparable and model.get("weights_sha256") != now.get("weights_sha256"):
         warn(f"the weights of {question.traced.name} are others than those the circuit was found with")
-
-
-def _between(interval: Interval | None) -> str:
-    return f" ({CONFIDENCE:.0%}: {_rounded(interval[0])} to {_rounded(interval[1])})" if interval else " (one prompt: no interval)"
-
-
-def _rounded(value: float) -> str:
-    """Three decimals, and never -0.000."""
-    return f"{round(value, 3) + 0.0:.3f}"
