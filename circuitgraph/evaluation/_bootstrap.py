@@ -6,6 +6,7 @@ Deterministic by seed. One prompt has no interval.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,24 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`value` with its bootstrap interval over prompts, which one prompt does not have.
+
+    >>> print(Estimate(0.5, (0.25, -1e-9)))
+    0.500 (95%: 0.250 to 0.000)
+    """
+
+    value: float
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{_rounded(self.value)} (one prompt: no interval)"
+        low, high = self.interval
+        return f"{_rounded(self.value)} ({CONFIDENCE:.0%}: {_rounded(low)} to {_rounded(high)})"
 
 
 def resampled_means(samples: Float[ndarray, "quantities prompts"], *, seed: int = 0) -> Float[ndarray, "resamples quantities"]:
@@ -57,3 +76,8 @@ def interval_of(statistic: Float[ndarray, " resamples"]) -> Interval | None:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _rounded(value: float) -> str:
+    """Three decimals, and never -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"

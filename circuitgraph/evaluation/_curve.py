@@ -12,8 +12,7 @@ import numpy as np
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
-from circuitgraph.evaluation._bootstrap import Interval, interval_of, resampled_means
-from circuitgraph.evaluation._faithfulness import Faithfulness, with_interval
+from circuitgraph.evaluation._bootstrap import Estimate, interval_of, resampled_means
 from circuitgraph.evaluation._protocol import Axis, Protocol, Ranking
 from circuitgraph.evaluation._scale import Scale
 
@@ -31,7 +30,7 @@ class Point:
     fraction: float
     edges: int
     live: int
-    faithfulness: Faithfulness
+    faithfulness: Estimate
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,12 @@ class Area:
     """An area over the sizes. Its protocol says which ranking and which axis."""
 
     name: str
-    value: float
-    interval: Interval | None
+    estimate: Estimate
     protocol: Protocol
+
+    @property
+    def value(self) -> float:
+        return self.estimate.value
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,7 @@ class FaithfulnessCurve:
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The areas, and faithfulness by size."""
         compat = ", as MIB computes it" if self.mib_compat else ""
-        areas = [
-            (f"{area.name}, {area.protocol.axis} axis{compat}", f"{with_interval(area.value, area.interval)}; {_READING[area.name]}")
-            for area in self.areas
-        ]
+        areas = [(f"{area.name}, {area.protocol.axis} axis{compat}", f"{area.estimate}; {_READING[area.name]}") for area in self.areas]
         points = [
             (
                 f"faithfulness at {a.fraction:.1%} ({a.edges} edges)",
@@ -96,9 +95,11 @@ class Curve:
 
     Of `n` edges, `int(fraction * n)` are taken, ties by lower id, unscored edges last; then those without a path from input to logits are
     dropped, and `f` is taken as in a report. Areas are trapezoids over the true fraction of edges taken, from 0, where `f` is 0 by
-    definition, to 1. With `mib_compat` they are those of MIB's code: over the grid's own numbers, even where a small graph has no such
-    size, from the first of them on, and on the log axis not divided by its length. MIB also scores collections of circuits: it sorts them by
-    size, gives the i-th the i-th number of the grid whatever its size, and adds `f = 1` at the end; that is not a curve of one ranking.
+    definition, to 1; on the log axis from one edge or the first of the grid, and divided by the axis' length.
+
+    With `mib_compat` they are those of MIB's code: over the grid's own numbers, even where a small graph has no such size, from the first
+    of them on, and on the log axis not divided by its length. MIB also scores collections of circuits: it sorts them by size, gives the
+    i-th the i-th number of the grid whatever its size, and adds `f = 1` at the end; that is not a curve of one ranking and not done here.
 
     Cost: one forward pass per size and ranking.
 
@@ -136,8 +137,10 @@ class Curve:
         ]
         half = len(sizes)
         curves = {"CPR": metrics[:half], "CMD": metrics[half:]}
-        areas = [self._area(scale, name, axis, [x for x, _ in sizes], curves[name]) for axis in get_args(Axis) for name in curves]
-        return FaithfulnessCurve(tuple(points[:half]), tuple(points[half:]), *areas, mib_compat=self.mib_compat, protocol=scale.protocol)
+        cpr, cmd, cpr_log, cmd_log = (
+            self._area(scale, name, axis, [x for x, _ in sizes], curves[name]) for axis in get_args(Axis) for name in curves
+        )
+        return FaithfulnessCurve(tuple(points[:half]), tuple(points[half:]), cpr, cmd, cpr_log, cmd_log, self.mib_compat, scale.protocol)
 
     def _sizes(self, n_edges: int) -> list[tuple[float, int]]:
         """Places on the axis and numbers of edges."""
@@ -151,7 +154,7 @@ class Curve:
         if samples.shape[1] > 1:
             interval = interval_of(self._area_of(resampled_means(samples, seed=scale.seed), name, axis, sizes))
         ranking: Ranking = "signed" if name == "CPR" else "absolute"
-        return Area(name, float(value), interval, dataclasses.replace(scale.protocol, ranking=ranking, axis=axis))
+        return Area(name, Estimate(float(value), interval), dataclasses.replace(scale.protocol, ranking=ranking, axis=axis))
 
     def _area_of(
         self, means: Float[ndarray, "samples quantities"], name: str, axis: Axis, sizes: Sequence[float]
@@ -161,12 +164,16 @@ class Curve:
         with np.errstate(divide="ignore", invalid="ignore"):
             f = (circuits - source) / (model - source)
         heights, x = f if name == "CPR" else np.abs(1 - f), np.asarray(sizes)
+        area: Float[ndarray, " samples"]
         if axis == "linear":
-            return np.asarray(np.trapezoid(heights, x, axis=1))
+            area = np.trapezoid(heights, x, axis=1)
+            return area
         heights, x = heights[:, x > 0], np.log(x[x > 0])
         if len(x) == 1:
-            return heights[:, 0]  # a graph of one edge has one size
-        return np.asarray(np.trapezoid(heights, x, axis=1) / (1 if self.mib_compat else x[-1] - x[0]))
+            area = heights[:, 0]  # a graph of one edge has one size
+            return area
+        area = np.trapezoid(heights, x, axis=1) / (1.0 if self.mib_compat else x[-1] - x[0])
+        return area
 
 
 def top(graph: Graph, scores: Float[ndarray, "readers writers"], n: int, ranking: Ranking) -> Bool[ndarray, "readers writers"]:

@@ -7,13 +7,12 @@ A ratio of means over prompts, never a mean of ratios: one prompt with a small d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from circuitgraph._errors import DegenerateError
-from circuitgraph.evaluation._bootstrap import CONFIDENCE, Interval, mean_interval, ratio_interval
+from circuitgraph.evaluation._bootstrap import Estimate, mean_interval, ratio_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,20 +21,12 @@ if TYPE_CHECKING:
 _NOISE = 1e-6  # of the metric's own size, in float32: below this F(1) and F(0) are one number
 
 
-@dataclass(frozen=True)
-class Faithfulness:
-    """`value` with its bootstrap interval over prompts, which one prompt does not have."""
-
-    value: float
-    interval: Interval | None
-
-    def __str__(self) -> str:
-        return with_interval(self.value, self.interval)
+Faithfulness = Estimate
 
 
 def faithfulness(
     kept: Float[ndarray, " prompts"], clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], *, seed: int = 0
-) -> Faithfulness:
+) -> Estimate:
     """`f` of a run from the metric per prompt there, in the model itself and in the source run.
 
     >>> clean, source = np.array([2.0, 4.0]), np.array([0.0, 0.0])
@@ -43,7 +34,7 @@ def faithfulness(
     0.5
     """
     over, under = kept - source, clean - source
-    return Faithfulness(float(over.mean() / under.mean()), ratio_interval(over, under, seed=seed))
+    return Estimate(float(over.mean() / under.mean()), ratio_interval(over, under, seed=seed))
 
 
 def are_apart(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], *, seed: int = 0) -> bool:
@@ -66,18 +57,3 @@ def check_gap(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompt
         f"(difference {gap.mean():.4g}{within}), so every circuit would look perfect; "
         "use more prompts, a corruption that changes the answer, or another source or metric"
     )
-
-
-def with_interval(value: float, interval: Interval | None) -> str:
-    """The value and its interval, as a report prints them.
-
-    >>> with_interval(0.5, (0.25, -1e-9))
-    '0.500 (95%: 0.250 to 0.000)'
-    """
-    between = f" ({CONFIDENCE:.0%}: {_rounded(interval[0])} to {_rounded(interval[1])})" if interval else " (one prompt: no interval)"
-    return _rounded(value) + between
-
-
-def _rounded(value: float) -> str:
-    """Three decimals, and never -0.000."""
-    return f"{round(value, 3) + 0.0:.3f}"

@@ -10,7 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError, unknown_name
+from circuitgraph.evaluation._completeness import Completeness
 from circuitgraph.evaluation._curve import Curve
+from circuitgraph.evaluation._hypotheses import HypothesisTests
+from circuitgraph.evaluation._minimality import Minimality
 from circuitgraph.evaluation._scale import Scale
 
 
@@ -37,7 +40,10 @@ class Measure(Protocol):
 
 
 MEASURES: dict[str, Callable[[], Measure]] = {
+    "completeness": Completeness,
+    "minimality": Minimality,
     "curve": Curve,
+    "tests": HypothesisTests,
 }
 
 

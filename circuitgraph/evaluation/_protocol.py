@@ -36,9 +36,10 @@ class Protocol:
     """Everything besides model and circuit that a number depends on.
 
     `granularity`: whether only a circuit's edges are live, or every edge between its nodes. `ablation`: the source of what is patched in;
-    `ablation_data`: a hash of the data or constants behind it, where there are any. `positions`: whether an edge is live at every position
-    or at chosen spans. `direction`: whether the rest is corrupted in a clean run or the circuit is restored in a corrupted one. `ranking` and
-    `axis`: of the edges and of their number, for what is measured along sizes. `prompts`: how many, `prompts_digest` which, `seed` how drawn.
+    `ablation_data`: a hash of the data or constants behind it, where there are any. `positions`: whether an edge is live at every
+    position or at chosen spans. `direction`: whether the rest is corrupted in a clean run or the circuit is restored in a corrupted one.
+    `ranking` and `axis`: of the edges and of their number, for what is measured along sizes. `prompts`: how many, `prompts_digest` which,
+    `seed` how drawn.
 
     >>> Protocol("logit_diff", prompts=32).differing(Protocol("logit_diff", prompts=32, ablation="zero"))
     ('ablation',)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,10 @@ import numpy as np
 from circuitgraph._engine import Engine
 from circuitgraph._errors import CircuitGraphError, TraceError
 from circuitgraph._graph import Graph
-from circuitgraph.evaluation._faithfulness import Faithfulness, check_gap, faithfulness
+from circuitgraph.evaluation._bootstrap import Estimate, interval_of, resampled_means
+from circuitgraph.evaluation._faithfulness import check_gap, faithfulness
 from circuitgraph.evaluation._protocol import Protocol
+from circuitgraph.evaluation._question import Question, digest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -27,7 +30,7 @@ LANES = 32  # masks that are sent together
 class Scale:
     """An engine, the graph of the masks it is asked about, and the protocol of the answers.
 
-    `graph` is the engine's, or that split by the spans of its prompts. Raises `DegenerateError` where `F(1)` and `F(0)` cannot be told
+    `graph` is the engine's, or that split by the spans of its prompts. `ends`: `F(1)` and `F(0)` where they have been asked already. Raises `DegenerateError` where `F(1)` and `F(0)` cannot be told
     apart, so nothing that is measured on a scale divides by zero, and `CircuitGraphError` for another graph.
 
     >>> from circuitgraph.testing import ReferenceModel, random_pairs
@@ -40,6 +43,7 @@ class Scale:
     engine: Engine
     graph: Graph
     protocol: Protocol
+    ends: tuple[Float[ndarray, " prompts"], Float[ndarray, " prompts"]] | None = None
 
     def __post_init__(self) -> None:
         traced = self.engine.graph
@@ -59,12 +63,12 @@ class Scale:
     @cached_property
     def model(self) -> Float[ndarray, " prompts"]:
         """`F(1)` per prompt."""
-        return self.metric(self.graph.visible)
+        return self.ends[0] if self.ends else self.metric(self.graph.visible)
 
     @cached_property
     def source(self) -> Float[ndarray, " prompts"]:
         """`F(0)` per prompt."""
-        return self.metric(np.zeros(self.graph.shape, dtype=bool))
+        return self.ends[1] if self.ends else self.metric(np.zeros(self.graph.shape, dtype=bool))
 
     @cached_property
     def gap(self) -> float:
@@ -93,10 +97,36 @@ class Scale:
             asked = asked.reshape(len(masks), *self.engine.graph.shape, len(self.graph.spans))
         return np.asarray(self.engine.evaluate(asked), dtype=np.float64)
 
-    def faithfulness(self, mask: Bool[ndarray, "readers writers"]) -> Faithfulness:
+    def faithfulness(self, mask: Bool[ndarray, "readers writers"]) -> Estimate:
         """Of one mask, with its interval."""
         return self.placed(self.metric(mask))
 
-    def placed(self, metric: Float[ndarray, " prompts"]) -> Faithfulness:
+    def placed(self, metric: Float[ndarray, " prompts"]) -> Estimate:
         """Where a metric lies between source run and model."""
         return faithfulness(metric, self.model, self.source, seed=self.seed)
+
+    def size(self, difference: Float[ndarray, " prompts"]) -> Estimate:
+        """|mean difference| between two metrics, in units of the gap between source run and model."""
+        samples = np.stack([difference, self.model - self.source])
+        interval = None
+        if samples.shape[1] > 1:
+            means = resampled_means(samples, seed=self.seed)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                interval = interval_of(np.abs(means[:, 0] / means[:, 1]))
+        return Estimate(abs(float(difference.mean()) / self.gap), interval)
+
+
+def scale_of(question: Question, graph: Graph) -> Scale:
+    """The scale of a question, for circuits of this graph. Raises what `Scale` does."""
+    source, spans = question.source, graph.spans
+    constants = None if source.constants is None else hashlib.sha256(source.constants.tobytes()).hexdigest()
+    protocol = Protocol(
+        metric=question.metric.name,
+        prompts=len(question.pairs),
+        prompts_digest=digest(question.pairs),
+        seed=question.seed,
+        ablation=source.kind,
+        ablation_data=digest(source.data) if source.data else constants,
+        positions="spans" if spans else "all",
+    )
+    return Scale(question.engine, graph, protocol, (question.clean, question.corrupted))
