@@ -16,11 +16,11 @@ from circuitgraph import _discover, _plugins
 from circuitgraph._circuit import Circuit
 from circuitgraph._engine import Algorithm, Source, SourceKind, TracedModel
 from circuitgraph._errors import CircuitGraphError, FileError, whole_number
-from circuitgraph._pairs import PromptPairs
 from circuitgraph.algorithms import Magnitude, Random
+from circuitgraph.evaluation._agreement import matched
 from circuitgraph.evaluation._curve import MIB_GRID, Curve, FaithfulnessCurve
-from circuitgraph.evaluation._question import Question, pose
-from circuitgraph.evaluation._ranks import ranks
+from circuitgraph.evaluation._question import Question, digest, pose
+from circuitgraph.evaluation._scale import Scale, scale_of
 from circuitgraph.files import parse_json, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Result:
 
 
 _COLUMNS = (
-    ("model", "task", "algorithm", *(f"f at {x:.0%}" for x in SHOWN), "own edges (f)")
-    + ("CPR", "CMD", "CPR log", "CMD log", "AUROC", "seconds", "forwards")
-)  # fmt: skip
+    *("model", "task", "algorithm", *(f"f at {x:.0%}" for x in SHOWN), "own edges (f)"),
+    *("CPR", "CMD", "CPR log", "CMD log", "AUROC", "seconds", "forwards"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def benchmark(
 ) -> Benchmark:
     """Run every algorithm on every task and model, and measure all in the same way.
 
-    Discovery sees `prompts` of the task drawn by `seed`; the numbers are of `test_prompts` (default: as many) drawn by the next seed. Random
-    and magnitude scores are always in it. `references`: published circuits by task; each counts for the models that have its graph.
+    Discovery sees `prompts` of the task drawn by `seed`; the numbers are of `test_prompts` (default: as many) drawn by the next seed.
+    Random and magnitude scores are always in it. `references`: published circuits by task; each counts for the models that have its graph.
 
     Every finished cell is a file in `folder`, and the table is `table.md` and `table.json` there; when it is run again, cells that were
     asked in exactly the same way are read, not repeated. What an algorithm refuses is a cell that says so.
@@ -145,7 +145,7 @@ def benchmark(
         for task in tasks:
             train = pose(traced, task, prompts=prompts, seed=seed, source=source)
             test = pose(traced, task, prompts=test_prompts or prompts, seed=seed + 1, source=source)
-            cells = _Cells(traced, train, test, _reference(references or {}, train), folder)
+            cells = _Cells(train, test, scale_of(test, traced.graph), _reference(references or {}, train), folder)
             for name, algorithm in chosen.items():
                 tell(len(results) / len(asked), f"{name} on {traced.name}, {train.task_name}")
                 results.append(cells.result(name, algorithm))
@@ -164,12 +164,16 @@ def _reference(references: Mapping[str, Circuit], question: Question) -> Circuit
 class _Cells:
     """All algorithms on one task and model."""
 
-    traced: TracedModel
     train: Question
     test: Question
+    scale: Scale
     reference: Circuit | None
     folder: Path
     plain: float | None = None
+
+    @property
+    def traced(self) -> TracedModel:
+        return self.train.traced
 
     def result(self, name: str, algorithm: Algorithm) -> Result:
         """From its file, or made and written."""
@@ -186,9 +190,9 @@ class _Cells:
     def _key(self, algorithm: Algorithm) -> str:
         """A hash of everything that the numbers depend on."""
         model = {name: value for name, value in self.traced.provenance.items() if name != "versions"}
-        asked = [q.task_digest for q in (self.train, self.test)], [q.pairs_digest for q in (self.train, self.test)]
+        asked = [self.train.task_digest, digest(self.train.pairs), self.train.metric.name, self.scale.protocol.to_dict()]
         reference = None if self.reference is None else hashlib.sha256(self.reference.mask.tobytes()).hexdigest()
-        parts = [SCHEMA, self.traced.name, model, asked, self.train.source_description, _discover.described(algorithm), reference]
+        parts = [SCHEMA, self.traced.name, model, asked, _discover.described(algorithm), reference]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
     def _made(self, name: str, algorithm: Algorithm, key: str) -> Result:
@@ -211,21 +215,20 @@ class _Cells:
         if outcome.graph is not None and outcome.graph != self.traced.graph:
             raise CircuitGraphError(f"{type(algorithm).__name__} splits its edges by position; its sizes are not those of the others")
         circuit = Circuit(self.traced.graph, outcome.mask, outcome.scores)
-        scale = self.test.scale
-        curve = Curve().measure(scale, circuit)
+        curve = Curve().measure(self.scale, circuit)
         own = {} if circuit.n_edges == circuit.graph.n_edges else self._own(circuit)
         return {
             **own,
             "faithfulness": _by_fraction(curve, circuit.graph.n_edges),
             **{area: getattr(curve, area).value for area in ("cpr", "cmd", "cpr_log", "cmd_log")},
-            "auroc": None if self.reference is None else ranks(circuit, self.reference).edges.auroc,
+            "auroc": None if self.reference is None else matched(circuit, self.reference).edges.auroc,
             "seconds": seconds,
             "forwards": seconds / plain,
-            "protocol": scale.protocol.to_dict(),
+            "protocol": self.scale.protocol.to_dict(),
         }
 
     def _own(self, circuit: Circuit) -> dict[str, Any]:
-        return {"kept": circuit.n_edges, "kept_faithfulness": self.test.scale.faithfulness(circuit.mask).value}
+        return {"kept": circuit.n_edges, "kept_faithfulness": self.scale.faithfulness(circuit.mask).value}
 
     def _plain_forward(self) -> float:
         """Seconds of the untouched model on the prompts of discovery, warm."""

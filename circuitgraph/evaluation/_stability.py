@@ -58,7 +58,7 @@ class Stability:
 
     @property
     def jaccard_of_nodes(self) -> float:
-        return mean_jaccard([mask.any(axis=0) for mask in self.circuits])
+        return mean_jaccard([np.asarray(mask.any(axis=0)) for mask in self.circuits])
 
     @property
     def by_chance(self) -> float:
@@ -173,7 +173,7 @@ def _kept(algorithm: Algorithm, engine: Any) -> Bool[ndarray, "readers writers"]
             f"stability: {type(algorithm).__name__} keeps every edge, so every run is the same; choose some, such as "
             f"Selected({type(algorithm).__name__}(), size=100)"
         )
-    return mask & engine.graph.visible
+    return np.asarray(mask & engine.graph.visible)
 
 
 def _variant(algorithm: Algorithm, varied: Sequence[Varied], run: int) -> Algorithm:
