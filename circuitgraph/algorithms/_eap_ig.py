@@ -44,7 +44,7 @@ class EAPIG:
     ends. "left" (k / points from k = 0) are the points of Hanna et al.'s code for inputs, "right" (from k = 1) those for activations;
     their clean-corrupted average of the gradients at the two ends is `EAPIG(points=2, quadrature="trapezoid")`.
 
-    KL divergence works, because the points leave the clean run; a point at its end, where the gradient is zero, is not run.
+    KL divergence works, because the points leave the clean run; a point at its end adds nothing.
 
     Cost, where EAP has one gradient (a forward and a backward pass): "inputs" and "mask" have `points`, the former sent together as far as
     weights are equal; "activations" has `points` for each depth, which is 2 * layers + 1. The mask's record costs two more forward passes.
