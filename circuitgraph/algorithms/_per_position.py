@@ -102,6 +102,9 @@ class BySpan:
         asked = None if mask is None else self._by_span(mask, 0)
         return _Whole(self.engine.activations(asked, source=_inside(source)))
 
+    def source_values(self) -> WriterValues:
+        return _Whole(self.engine.source_values())
+
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
@@ -143,7 +146,7 @@ class _Whole:
 
     def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
         raise CircuitGraphError(
-            "per position: what a writer says is not known by span; take an algorithm that patches or asks for gradients (eap, acdc)"
+            "per position: what a writer says is not known by span; take an algorithm of masks and gradients only (eap, acdc)"
         )
 
 
