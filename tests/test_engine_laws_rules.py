@@ -19,7 +19,7 @@ from circuitgraph.testing import ReferenceModel, random_pairs
 
 Law = Callable[[TracedModel, float], None]
 
-HAVE = ("reference",)  # the backends whose engines know all of this; the whole table once every one does
+HAVE = ("reference", "torch")  # the backends whose engines know all of this; the whole table once every one does
 FAMILIES = ("gpt2", "llama", "gemma", "neox")
 ROWS_HERE = tuple(row for row in ROWS if row.backend in HAVE and row.family in FAMILIES)
 
