@@ -7,3 +7,4 @@ from circuitgraph.drawing._plan import Detail as Detail
 from circuitgraph.drawing._render import FORMATS as FORMATS
 from circuitgraph.drawing._render import render as render
 from circuitgraph.drawing._render import render_dot as render_dot
+from circuitgraph.drawing._render import render_joint as render_joint
