@@ -25,10 +25,10 @@ from circuitgraph._errors import CircuitGraphError
 from circuitgraph._task import list_tasks, load_task
 from circuitgraph.algorithms import ACDC
 from circuitgraph.drawing import plot_format
-from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure
+from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure, measures_named
 from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
-from circuitgraph.files import load_any
+from circuitgraph.files import check_place, load_any
 from circuitgraph.files._folder import check_folder, result_folder
 
 _ACDC_THRESHOLD = 0.01
@@ -187,6 +187,8 @@ def evaluate_file(
     as_json: AsJson = False,
 ) -> None:
     """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
+    if output is not None:
+        check_place(output)
     circuit = _load(file)
     found = circuit.provenance
     measures = _measures(measure or (), circuit, reference, mib_compat, plot)
@@ -285,7 +287,7 @@ def _write(circuit: Circuit, report: Report, folder: Path) -> None:
     report.save(folder / "report.json")
 
 
-def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> list[str | Measure]:
+def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> Sequence[Measure]:
     """The measures asked for; a plot needs the curve, and a reference is one of its own."""
     if plot is not None:
         plot_format(plot)
@@ -295,7 +297,7 @@ def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mi
     measures: list[str | Measure] = [Curve(mib_compat=mib_compat) if name == "curve" else name for name in chosen]
     if reference is not None:
         measures.append(Agreement(load_any(reference, circuit.graph), mib_compat=mib_compat))
-    return measures
+    return measures_named(measures)
 
 
 def _load(file: Path) -> Circuit:
