@@ -14,7 +14,7 @@ import numpy as np
 
 from circuitgraph import _plugins
 from circuitgraph._circuit import Circuit
-from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, SourceKind, SteppedAlgorithm, TracedModel
+from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, SourceKind, TracedModel, checked_algorithm, outcomes
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
@@ -82,8 +82,7 @@ def find(
 ) -> tuple[Circuit, Report]:
     """`discover` with its report; `choose` picks from what the algorithm scored before the report is made."""
     started = time.perf_counter()
-    if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
-        raise CircuitGraphError(f"algorithm: {algorithm!r}; expected an instance with a run method, such as ACDC(threshold=0.001)")
+    checked_algorithm("algorithm", algorithm)
     progress(0.0, "tracing the model")
     if metric is None:
         metric = getattr(algorithm, "default_metric", None)
@@ -145,10 +144,8 @@ def random_pairs(vocabulary: int, *, prompts: int = 2, length: int = 8, seed: in
 def _run(algorithm: Algorithm, engine: Engine, tell: Progress) -> Outcome:
     name = type(algorithm).__name__
     tell(0.0, name)
-    if not isinstance(algorithm, SteppedAlgorithm):
-        return _checked(algorithm.run(engine), engine, name)
     outcome = None
-    for outcome in algorithm.steps(engine):
+    for outcome in outcomes(algorithm, engine):
         tell(outcome.done, name)
     if outcome is None:
         raise CircuitGraphError(f"{name}: steps() yielded nothing; expected at least one outcome")
