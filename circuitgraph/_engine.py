@@ -239,11 +239,15 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
 
 
 def outcomes(algorithm: Algorithm, engine: Engine) -> Iterator[Outcome]:
-    """What an algorithm yields on its way, or the one outcome of one that has no steps."""
-    if isinstance(algorithm, SteppedAlgorithm):
-        yield from algorithm.steps(engine)
-    else:
+    """What an algorithm yields on its way, or the one outcome of one that has no steps. Always one, or it raises `CircuitGraphError`."""
+    if not isinstance(algorithm, SteppedAlgorithm):
         yield algorithm.run(engine)
+        return
+    outcome = None
+    for outcome in algorithm.steps(engine):
+        yield outcome
+    if outcome is None:
+        raise CircuitGraphError(f"{type(algorithm).__name__}: steps() yielded nothing; expected at least one outcome")
 
 
 def checked_algorithm(what: str, value: Any) -> Algorithm:

@@ -16,6 +16,7 @@ from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
 from circuitgraph.selection._greedy import Greedy
 from circuitgraph.selection._selector import Choice, checked_scores
+from circuitgraph.selection._top import TopN
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -39,8 +40,8 @@ class IntegerProgram:
     It is solved as a linear programme first: where that comes out whole, as with SmolLM2's 70,651 edges it does in seconds, it is the
     optimum. Otherwise nodes, and at last edges, must be whole, which can take long: `time_limit` seconds stop a choice, a relative `gap` of
     the sum ends it early. The record says whether the choice is optimal, its sum, the bound on any circuit's, and whether the limit was
-    hit; then the best that was found is kept, at least `Greedy`'s, and another run may find another. Circuits of equal sum: the solver
-    picks, always the same.
+    hit; then the best that was found is kept, at least as good as `Greedy`'s and as `TopN`'s without its dead edges, and another run may
+    find another. Circuits of equal sum: the solver picks, always the same.
     """
 
     time_limit: float = 300.0
@@ -60,8 +61,8 @@ class IntegerProgram:
             return Choice(np.zeros(graph.shape, dtype=bool), _record(0.0, 0.0, is_limit_hit=False))
         programme = _Programme.of(graph, sizes / scale, size)
         kept, bound, is_limit_hit = programme.solve(self.time_limit, self.gap)
-        others = Greedy().choose(graph, outcome, size).mask
-        best = max((mask for mask in (kept, others) if mask is not None), key=lambda mask: float(sizes[mask].sum()))
+        others = (Greedy().choose(graph, outcome, size).mask, graph.prune_dead(TopN().choose(graph, outcome, size).mask))
+        best = max((mask for mask in (kept, *others) if mask is not None), key=lambda mask: float(sizes[mask].sum()))
         return Choice(best, _record(float(sizes[best].sum()), None if bound is None else bound * scale, is_limit_hit=is_limit_hit))
 
 
