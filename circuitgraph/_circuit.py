@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Facts about one mask: they do not hold for another one, so a circuit made from this one does not inherit them.
 MEASURED = frozenset(
     {"edges_kept", "metric_circuit", "metric_complement", "minimality"}
-    | {"faithfulness", "faithfulness_interval", "completeness", "completeness_interval"}
+    | {"faithfulness", "faithfulness_interval", "node_faithfulness", "complement", "completeness", "completeness_interval"}
 )
 
 
