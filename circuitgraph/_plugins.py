@@ -46,9 +46,7 @@ def new_algorithm(name: str, **hyper: Any) -> Algorithm:
         if key not in known:
             raise unknown_name(f"hyper-parameter of {name}", key, known)
     if missing := [key for key in required(name) if key not in hyper]:
-        raise CircuitGraphError(
-            f"{name} needs {', '.join(missing)}, which has no default; give it in Python, or with --set {missing[0]}=... where it is plain text"
-        )
+        raise CircuitGraphError(f"{name} needs {', '.join(missing)}, which has no default; give it in Python, or as --set {missing[0]}=...")
     return cls(**hyper)
 
 
@@ -99,7 +97,7 @@ def traced(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel
 def _type_of(cls: Any, key: str) -> Any:
     """The type of one field; of a class whose annotations name what is imported for type checkers only, the others are left alone."""
     annotation = next(field.type for field in dataclasses.fields(cls) if field.name == key)
-    owner = next(c for c in cls.__mro__ if key in c.__dict__.get("__annotations__", ()))
+    owner = next(c for c in cls.__mro__ if key in inspect.get_annotations(c))
     try:
         return get_type_hints(SimpleNamespace(__annotations__={key: annotation}), vars(sys.modules[owner.__module__]))[key]
     except NameError:

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -21,14 +21,22 @@ from typer.core import TyperGroup
 
 from circuitgraph import _discover, _plugins, zoo
 from circuitgraph._circuit import Circuit
-from circuitgraph._errors import CircuitGraphError
+from circuitgraph._errors import CircuitGraphError, unknown_name
 from circuitgraph._task import list_tasks, load_task
-from circuitgraph.algorithms import ACDC
+from circuitgraph.algorithms import ACDC, Selected
 from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
 from circuitgraph.files._folder import check_folder, result_folder
+from circuitgraph.selection import Greedy, IntegerProgram, Selector, SignConsistent, SignedTopN, TopN, default_size
 
 _ACDC_THRESHOLD = 0.01
+_SELECTORS: dict[str, type[Selector]] = {
+    "top": TopN,
+    "signed-top": SignedTopN,
+    "greedy": Greedy,
+    "sign-consistent": SignConsistent,
+    "integer-program": IntegerProgram,
+}
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer have inside
 
@@ -94,10 +102,20 @@ Threshold = Annotated[
 def discover(
     task: TaskName,
     model: ModelName,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="acdc, eap or activation-patching.")] = "eap",
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "-a", help=f"One of {', '.join(_plugins.names(_plugins.ALGORITHMS)) or 'none installed'}.")
+    ] = "eap",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter of the algorithm. Can be repeated.")
+    ] = None,
     threshold: Threshold = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="How many of the strongest edges to keep (default: 1%, at least 20); not acdc.")
+        int | None,
+        typer.Option(min=1, help="How many edges to choose, the strongest unless --select says otherwise (default: 1%, at least 20)."),
+    ] = None,
+    select: Annotated[str | None, typer.Option(help=f"How to choose from the scores: {', '.join(_SELECTORS)}.")] = None,
+    faithfulness: Annotated[
+        float | None, typer.Option(help="Instead of a number of edges: the fewest that reach this share of the model's behaviour.")
     ] = None,
     prompts: Prompts = None,
     seed: Seed = 0,
@@ -116,13 +134,15 @@ def discover(
     as_json: AsJson = False,
 ) -> None:
     """Find the circuit of a task in a model, and write its file, picture and report."""
-    method, choose = _algorithm(algorithm, threshold, top)
+    method, choose = _algorithm(algorithm, settings or [], _Choosing(threshold, top, select, faithfulness))
     origin: Any = source  # `Source` refuses an unknown one
     check_folder(output, force=force)
     load_task(task)  # before the model, which takes longer
     with _progress() as tell:
         tell(0.0, "tracing the model")
         traced = _trace(model, backend, per_head_kv, device, dtype)
+        if isinstance(method, Selected) and method.size is method.faithfulness is None:
+            method = replace(method, size=default_size(traced.graph.n_edges))
         circuit, report = _discover.find(
             traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose
         )
@@ -244,17 +264,44 @@ def models(as_json: AsJson = False) -> None:
     _print_json(rows) if as_json else _print_rows(rows)
 
 
-def _algorithm(name: str, threshold: float | None, top: int | None) -> tuple[Any, Any]:
-    """The algorithm, and how to choose from its scores if it does not decide about edges itself."""
-    if "threshold" not in _plugins.hyper_parameters(name):
-        if threshold is not None and top is not None:
-            raise CircuitGraphError("--threshold and --top exclude each other; give one")
-        return _plugins.new_algorithm(name), partial(_discover.strongest, top=top, threshold=threshold)
-    if top is not None:
-        raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no --top")
-    if threshold is None and _plugins.algorithm_named(name) is ACDC:
-        threshold = _ACDC_THRESHOLD
-    return _plugins.new_algorithm(name, **({} if threshold is None else {"threshold": threshold})), None
+@dataclass(frozen=True)
+class _Choosing:
+    """What the command line says about choosing edges."""
+
+    threshold: float | None
+    top: int | None
+    select: str | None
+    faithfulness: float | None
+
+    def given(self, *names: str) -> list[str]:
+        return [f"--{name}" for name in names if getattr(self, name) is not None]
+
+
+def _algorithm(name: str, settings: list[str], choosing: _Choosing) -> tuple[Any, Any]:
+    """The algorithm, and how to choose from what it scored where no selector is asked for."""
+    hyper = _plugins.settings(name, settings)
+    decides = "threshold" in _plugins.required(name)
+    if decides and (given := choosing.given("top", "select", "faithfulness")):
+        raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no {' or '.join(given)}")
+    if "threshold" in _plugins.hyper_parameters(name) and choosing.threshold is not None:
+        if "threshold" in hyper:
+            raise CircuitGraphError(f"--threshold and --set threshold=... are one setting of {name}; give one")
+        hyper["threshold"] = choosing.threshold
+        choosing = replace(choosing, threshold=None)
+    elif decides and _plugins.algorithm_named(name) is ACDC:
+        hyper.setdefault("threshold", _ACDC_THRESHOLD)
+    return _chosen(_plugins.new_algorithm(name, **hyper), choosing)
+
+
+def _chosen(method: Any, choosing: _Choosing) -> tuple[Any, Any]:
+    for first, *others in (("threshold", "top", "select", "faithfulness"), ("top", "faithfulness")):
+        if choosing.given(first) and (clash := choosing.given(*others)):
+            raise CircuitGraphError(f"--{first} and {' and '.join(clash)} exclude each other; give one")
+    if not choosing.given("select", "faithfulness"):
+        return method, partial(_discover.strongest, top=choosing.top, threshold=choosing.threshold)
+    if choosing.select not in (None, *_SELECTORS):
+        raise unknown_name("selector", choosing.select, _SELECTORS)
+    return Selected(method, _SELECTORS[choosing.select or "top"](), size=choosing.top, faithfulness=choosing.faithfulness), None
 
 
 def _trace(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -76,7 +76,9 @@ class Ensemble:
         names = [type(algorithm).__name__ for algorithm in self.algorithms]
         split = found[0].graph
         if any(outcome.graph != split for outcome in found):
-            raise CircuitGraphError(f"ensemble: {', '.join(names)} score different edges, of whole prompts and by position; expected the same")
+            raise CircuitGraphError(
+                f"ensemble: {', '.join(names)} score different edges, of whole prompts and by position; expected the same"
+            )
         scales = [_scale(outcome, name) for outcome, name in zip(found, names, strict=True)]
         scaled = [np.asarray(outcome.scores, dtype=np.float64) / scale for outcome, scale in zip(found, scales, strict=True)]
         members = [

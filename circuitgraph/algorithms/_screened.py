@@ -33,8 +33,8 @@ class ScreenedBy:
     Both run with one metric: the default of both if they agree, else the task's. Denoising is refused: with clean and corrupted exchanged,
     what was screened out would be clean.
 
-    Cost: that of `screen`, that of `then` on the edges that stay, and one forward pass. The record is that of `then` and, under "screen", how many
-    edges stayed, `F(screened)` averaged over prompts, and the screen's record.
+    Cost: that of `screen`, that of `then` on the edges that stay, and one forward pass. The record is that of `then` and, under "screen",
+    how many edges stayed, the `metric` F(screened) averaged over prompts, and the screen's record.
 
     >>> from circuitgraph._pairs import PromptPairs
     >>> from circuitgraph.algorithms import ACDC, ActivationPatching
@@ -139,10 +139,11 @@ class _Restricted:
     def reversed(self) -> Engine:
         raise CircuitGraphError("a screened graph cannot be asked in reverse: what was screened out would be clean; use noising")
 
-    def _within(self, values: Any, *, lanes: int = 0) -> Any:
+    def _within(self, values: Float[ndarray, ...], *, lanes: int = 0) -> Float[ndarray, ...]:
         """The values at kept edges, 0 elsewhere; with or without a last axis of spans."""
         values = np.asarray(values)
-        return values * (self.kept if values.ndim == 2 + lanes else self.kept[..., None])
+        within: Float[ndarray, ...] = values * (self.kept if values.ndim == 2 + lanes else self.kept[..., None])
+        return within
 
 
 def _in_full(outcome: Outcome, graph: Graph, kept: Bool[ndarray, "readers writers"]) -> Outcome:

@@ -114,7 +114,9 @@ class Selected:
         if reached is None:
             best = max(attempts.tried, key=lambda attempt: attempt.faithfulness, default=None)
             reason = f"the best is {best.faithfulness:.3g} at {best.size:,} edges" if best else "there are no scored edges"
-            raise CircuitGraphError(f"selected: no size reaches a faithfulness of {target}; {reason}; lower the target or take other scores")
+            raise CircuitGraphError(
+                f"selected: no size reaches a faithfulness of {target}; {reason}; lower the target or take other scores"
+            )
         yield attempts.outcome_of(reached)
 
 

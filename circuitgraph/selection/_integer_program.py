@@ -34,8 +34,8 @@ class IntegerProgram:
                     kept[r, w] <= reached[w],   reached[w] <= sum of kept edges into the readers that feed w   (not for the input)
                     kept[r, w] <= needed[r],    needed[r] <= sum of kept edges from the writers that r feeds   (not for the logits)
 
-    The idea to choose edges by an integer programme instead of greedily is Nikankin et al.'s (2025, arXiv:2510.25786); these constraints are
-    our own. As the graph is acyclic, they hold exactly where `Graph.prune_dead` drops nothing.
+    To choose edges by an integer programme instead of greedily is an idea of Nikankin et al. (2025, arXiv:2510.25786); these constraints
+    are our own. As the graph is acyclic, they hold exactly where `Graph.prune_dead` drops nothing.
 
     It is solved as a linear programme first: where that comes out whole, as with SmolLM2's 70,651 edges it does in seconds, it is the
     optimum. Otherwise nodes, and at last edges, must be whole, which can take long: `time_limit` seconds stop a choice, a relative `gap` of
@@ -139,10 +139,11 @@ class _Programme:
     def _bound(found: Any, earlier: float | None) -> float | None:
         """The least upper bound yet: of a linear programme its own value, once it is solved."""
         is_mixed = getattr(found, "mip_dual_bound", None) is not None
-        bound = found.mip_dual_bound if is_mixed else (found.fun if found.status == 0 else None)
-        if bound is None or not math.isfinite(bound):
+        least = found.mip_dual_bound if is_mixed else (found.fun if found.status == 0 else None)
+        if least is None or not math.isfinite(least):
             return earlier
-        return -bound if earlier is None else min(-bound, earlier)
+        bound = -float(least)
+        return bound if earlier is None else min(bound, earlier)
 
 
 def _record(total: float, bound: float | None, *, is_limit_hit: bool) -> dict[str, Any]:

@@ -60,8 +60,9 @@ def n_scores(scores: Float[ndarray, "readers writers"]) -> int:
 
 def check_size(what: str, size: Any) -> None:
     """Raises `CircuitGraphError` for what is neither a number of edges nor a share of them."""
-    is_number = isinstance(size, Integral) and not isinstance(size, bool) and size >= 1
-    if not is_number and not (isinstance(size, Real) and not isinstance(size, Integral) and 0 < size <= 1):
+    is_number = isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1
+    is_share = isinstance(size, Real) and not isinstance(size, Integral) and 0 < float(size) <= 1
+    if not (is_number or is_share):
         raise CircuitGraphError(f"{what} is {size!r}; expected a whole number of edges, or a share of them above 0 and up to 1.0")
 
 

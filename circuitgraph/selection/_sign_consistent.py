@@ -23,7 +23,7 @@ _AT_ONCE = 64  # resamples whose means are held in memory
 
 @dataclass(frozen=True)
 class SignConsistent:
-    """Chooses among the edges whose mean score keeps its sign when the prompts are drawn again (after Nikankin et al. 2025, arXiv:2510.25786).
+    """Chooses among edges whose mean score keeps its sign when prompts are drawn again (after Nikankin et al. 2025, arXiv:2510.25786).
 
         consistent:  sign(mean over a resample of the prompts) = sign(mean over the prompts)  in at least `share` of the resamples
         then:        `then.choose`, with the scores of all other edges gone
