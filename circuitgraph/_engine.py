@@ -116,6 +116,10 @@ class Engine(Protocol):
         """What every writer says in the run under `mask` (default: the model itself)."""
         ...
 
+    def source_values(self) -> WriterValues:
+        """What every writer says in the source run: what a mask of 0 lets readers hear."""
+        ...
+
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,24 +18,16 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from circuitgraph import _discover, _plugins, zoo
+from circuitgraph import _choosing, _discover, _plugins, zoo
 from circuitgraph._circuit import Circuit
-from circuitgraph._errors import CircuitGraphError, unknown_name
+from circuitgraph._errors import CircuitGraphError
 from circuitgraph._task import list_tasks, load_task
-from circuitgraph.algorithms import ACDC, Selected
+from circuitgraph.drawing import plot_format
+from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure
 from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
+from circuitgraph.files import load_any
 from circuitgraph.files._folder import check_folder, result_folder
-from circuitgraph.selection import Greedy, IntegerProgram, Selector, SignConsistent, SignedTopN, TopN, default_size
-
-_ACDC_THRESHOLD = 0.01
-_SELECTORS: dict[str, type[Selector]] = {
-    "top": TopN,
-    "signed-top": SignedTopN,
-    "greedy": Greedy,
-    "sign-consistent": SignConsistent,
-    "integer-program": IntegerProgram,
-}
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer have inside
 
@@ -94,7 +85,9 @@ Backend = Annotated[str, typer.Option("--backend", "-b", help="What computes: to
 Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
 Threshold = Annotated[
     float | None,
-    typer.Option(help=f"acdc: the rise of the metric that keeps an edge (default: {_ACDC_THRESHOLD}). Others: the smallest |score| kept."),
+    typer.Option(
+        help=f"acdc: the rise of the metric that keeps an edge (default: {_choosing.ACDC_THRESHOLD}). Others: the smallest |score| kept."
+    ),
 ]
 
 
@@ -113,7 +106,7 @@ def discover(
         int | None,
         typer.Option(min=1, help="How many edges to choose, the strongest unless --select says otherwise (default: 1%, at least 20)."),
     ] = None,
-    select: Annotated[str | None, typer.Option(help=f"How to choose from the scores: {', '.join(_SELECTORS)}.")] = None,
+    select: Annotated[str | None, typer.Option(help=f"How to choose from the scores: {', '.join(_choosing.SELECTORS)}.")] = None,
     faithfulness: Annotated[
         float | None, typer.Option(help="Instead of a number of edges: the fewest that reach this share of the model's behaviour.")
     ] = None,
@@ -134,15 +127,14 @@ def discover(
     as_json: AsJson = False,
 ) -> None:
     """Find the circuit of a task in a model, and write its file, picture and report."""
-    method, choose = _algorithm(algorithm, settings or [], _Choosing(threshold, top, select, faithfulness))
+    method, choose = _choosing.algorithm(algorithm, settings or [], _choosing.Choosing(threshold, top, select, faithfulness))
     origin: Any = source  # `Source` refuses an unknown one
     check_folder(output, force=force)
     load_task(task)  # before the model, which takes longer
     with _progress() as tell:
         tell(0.0, "tracing the model")
         traced = _trace(model, backend, per_head_kv, device, dtype)
-        if isinstance(method, Selected) and method.size is method.faithfulness is None:
-            method = replace(method, size=default_size(traced.graph.n_edges))
+        method = _choosing.sized(method, traced.graph.n_edges)
         circuit, report = _discover.find(
             traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose
         )
@@ -186,7 +178,7 @@ def show(
         typer.echo(f"wrote {picture}")
 
 
-@app.command("evaluate", epilog="Example: circuitgraph evaluate induction/circuit.json --seed 1 -n 100")
+@app.command("evaluate", epilog="Example: circuitgraph evaluate induction/circuit.json --seed 1 --measure tests --plot curve.svg")
 def evaluate_file(
     file: Annotated[Path, typer.Argument(help="A circuit file, or the folder that discover wrote.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model of the same graph.")] = None,
@@ -194,6 +186,11 @@ def evaluate_file(
     prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", min=0, help="Another seed draws prompts that discovery has not seen.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", "-b", help="What computes: torch or jax (default: what found it).")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help=f"A deeper measure, again for more: {', '.join(MEASURES)}.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Compare with this circuit: AUROC, precision, recall.")] = None,
+    mib_compat: Annotated[bool, typer.Option("--mib-compat", help="CPR, CMD and AUROC as MIB's code computes them.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the faithfulness curve into this SVG, PDF or PNG file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report into this JSON file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -201,19 +198,27 @@ def evaluate_file(
     """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
     circuit = _load(file)
     found = circuit.provenance
+    measures = _measures(measure or (), circuit, reference, mib_compat, plot)
     name, how = model or _found(found, "model", file), _part(found, "model")
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
-    report = evaluate(
-        _trace(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
-        task or _found(found, "task", file),
-        circuit,
-        prompts=prompts or (None if task else found.get("prompts")),
-        seed=seed if seed is not None else found.get("seed", 0),
-    )
+    with _progress() as tell:
+        report = evaluate(
+            _trace(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
+            task or _found(found, "task", file),
+            circuit,
+            prompts=prompts or (None if task else found.get("prompts")),
+            seed=seed if seed is not None else found.get("seed", 0),
+            measures=measures,
+            progress=tell,
+        )
+    written = [report.save(output)] if output else []
+    written += [report.plot(plot)] if plot else []
     if as_json:
         _print_json(report.to_dict())
-    else:
-        _stdout.print(report)
+        return
+    _stdout.print(report)
+    if written:
+        typer.echo(f"wrote {', '.join(map(str, written))}")
 
 
 @app.command(epilog="Example: circuitgraph trace zoo:tiny-english")
@@ -264,46 +269,6 @@ def models(as_json: AsJson = False) -> None:
     _print_json(rows) if as_json else _print_rows(rows)
 
 
-@dataclass(frozen=True)
-class _Choosing:
-    """What the command line says about choosing edges."""
-
-    threshold: float | None
-    top: int | None
-    select: str | None
-    faithfulness: float | None
-
-    def given(self, *names: str) -> list[str]:
-        return [f"--{name}" for name in names if getattr(self, name) is not None]
-
-
-def _algorithm(name: str, settings: list[str], choosing: _Choosing) -> tuple[Any, Any]:
-    """The algorithm, and how to choose from what it scored where no selector is asked for."""
-    hyper = _plugins.settings(name, settings)
-    decides = "threshold" in _plugins.required(name)
-    if decides and (given := choosing.given("top", "select", "faithfulness")):
-        raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no {' or '.join(given)}")
-    if "threshold" in _plugins.hyper_parameters(name) and choosing.threshold is not None:
-        if "threshold" in hyper:
-            raise CircuitGraphError(f"--threshold and --set threshold=... are one setting of {name}; give one")
-        hyper["threshold"] = choosing.threshold
-        choosing = replace(choosing, threshold=None)
-    elif decides and _plugins.algorithm_named(name) is ACDC:
-        hyper.setdefault("threshold", _ACDC_THRESHOLD)
-    return _chosen(_plugins.new_algorithm(name, **hyper), choosing)
-
-
-def _chosen(method: Any, choosing: _Choosing) -> tuple[Any, Any]:
-    for first, *others in (("threshold", "top", "select", "faithfulness"), ("top", "faithfulness")):
-        if choosing.given(first) and (clash := choosing.given(*others)):
-            raise CircuitGraphError(f"--{first} and {' and '.join(clash)} exclude each other; give one")
-    if not choosing.given("select", "faithfulness"):
-        return method, partial(_discover.strongest, top=choosing.top, threshold=choosing.threshold)
-    if choosing.select not in (None, *_SELECTORS):
-        raise unknown_name("selector", choosing.select, _SELECTORS)
-    return Selected(method, _SELECTORS[choosing.select or "top"](), size=choosing.top, faithfulness=choosing.faithfulness), None
-
-
 def _trace(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
     options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype}
     return _discover.trace(model, backend=backend, **{name: value for name, value in options.items() if value is not None})
@@ -313,7 +278,20 @@ def _write(circuit: Circuit, report: Report, folder: Path) -> None:
     circuit.save(folder / "circuit.json")
     circuit.render(folder / "circuit.svg")
     circuit.render(folder / "circuit.dot")
-    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    report.save(folder / "report.json")
+
+
+def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> list[str | Measure]:
+    """The measures asked for; a plot needs the curve, and a reference is one of its own."""
+    if plot is not None:
+        plot_format(plot)
+    if mib_compat and reference is None and plot is None and "curve" not in names:
+        raise CircuitGraphError("--mib-compat is for --measure curve and --reference; add one of them")
+    chosen = dict.fromkeys([*names, *(["curve"] if plot is not None else [])])
+    measures: list[str | Measure] = [Curve(mib_compat=mib_compat) if name == "curve" else name for name in chosen]
+    if reference is not None:
+        measures.append(Agreement(load_any(reference, circuit.graph), mib_compat=mib_compat))
+    return measures
 
 
 def _load(file: Path) -> Circuit:

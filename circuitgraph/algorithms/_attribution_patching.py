@@ -14,7 +14,7 @@ from circuitgraph._graph import Graph
 from circuitgraph.algorithms._eap import towards_better
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from numpy import ndarray
 
 Correction = Literal["qk-fix", "grad-drop"]
@@ -60,7 +60,7 @@ class AttributionPatching:
     def __post_init__(self) -> None:
         known = get_args(Correction)
         given = self.corrections
-        if not isinstance(given, tuple) or not set(given) <= set(known) or len(set(given)) < len(given):
+        if not isinstance(given, tuple) or any(one not in known for one in given) or len(set(given)) < len(given):
             raise CircuitGraphError(
                 f"attribution patching: corrections are {given!r}; expected a tuple of {' and '.join(map(repr, known))}"
             )
@@ -72,18 +72,18 @@ class AttributionPatching:
         """An outcome after every gradient; the last one has the scores."""
         visible = engine.graph.visible
         rule = QK_FIX if "qk-fix" in self.corrections else EXACT
+        dropped = _dropped(engine.graph) if "grad-drop" in self.corrections else {}
         effects = _effects(engine, rule)
         nodes = effects.mean(axis=0)
-        prompt_scores = np.where(visible, effects[:, None, :], 0.0).astype(np.float32)
-        if "grad-drop" not in self.corrections:
-            yield _outcome(engine.graph, nodes, prompt_scores)
+        if not dropped:
+            yield _outcome(engine.graph, nodes, np.where(visible, effects[:, None, :], 0.0).astype(np.float32))
             return
         sizes = np.zeros_like(effects)
-        layers, counted = _layers(engine.graph)
-        for number, layer in enumerate(layers):
-            yield Outcome(visible.copy(), done=(number + 1) / (len(layers) + 1))
-            sizes += counted[number] * np.abs(_effects(engine, replace(rule, dropped_layer=layer)))
-        yield _outcome(engine.graph, np.where(nodes < 0, -1, 1) * (sizes / counted.sum(axis=0)).mean(axis=0), None)
+        for number, (layer, is_other) in enumerate(dropped.items(), start=1):
+            yield Outcome(visible.copy(), done=number / (len(dropped) + 1))
+            sizes += is_other * np.abs(_effects(engine, replace(rule, dropped_layer=layer)))
+        sizes /= np.sum([*dropped.values()], axis=0)
+        yield _outcome(engine.graph, np.where(nodes < 0, -1, 1) * sizes.mean(axis=0), None)
 
 
 def _effects(engine: Engine, rule: Rule) -> Float[ndarray, "prompts writers"]:
@@ -94,13 +94,12 @@ def _effects(engine: Engine, rule: Rule) -> Float[ndarray, "prompts writers"]:
     return effects
 
 
-def _layers(graph: Graph) -> tuple[list[int], Float[ndarray, "layers writers"]]:
-    """The layers to drop, and 1 where a layer is not the writer's own."""
+def _dropped(graph: Graph) -> dict[int, Bool[ndarray, " writers"]]:
+    """The layers to drop, each with the writers that are not its own."""
     layers = sorted({reader.layer for reader in graph.readers if reader.kind != "logits"})
     if len(layers) < 2:
         raise DegenerateError(f"grad-drop leaves out one layer at a time, and the model has {len(layers)}; use it with two or more")
-    own = np.array([writer.layer for writer in graph.writers])
-    return layers, (np.array(layers)[:, None] != own).astype(float)
+    return {layer: np.array([writer.layer != layer for writer in graph.writers]) for layer in layers}
 
 
 def _outcome(graph: Graph, nodes: Float[ndarray, " writers"], prompt_scores: Float[ndarray, "prompts readers writers"] | None) -> Outcome:

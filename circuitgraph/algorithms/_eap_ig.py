@@ -38,13 +38,13 @@ class EAPIG:
     - "mask": every edge stands at `m = a` (Sundararajan et al. 2017, on `m`). All scores add up to `s * (F(1) - F(0))`; the record has
       `metric_at_ones`, `metric_at_zeros` and by how much the sum misses, `completeness_gap`.
 
-    `quadrature`: where the `points` lie. "midpoint", the default, leaves both ends alone and has equal weights, so its points run together;
-    on the zoo models five of them miss the integral over inputs by 2%, those of "trapezoid" by 4%, of "gauss-legendre" by 3 and 8% (it is
-    exact for polynomials, and a transformer turns too sharply for five points of it; with many it is the best). "left" (k / points from
-    k = 0) are the points of Hanna et al.'s code for inputs, "right" (from k = 1) those for activations. Their clean-corrupted average of
-    the gradients at the two ends is `EAPIG(points=2, quadrature="trapezoid")`.
+    `quadrature`: where the `points` lie. "midpoint", the default, leaves both ends alone and has equal weights, so its points run together.
+    On SmolLM2-135M and IOI five of them miss the integral over inputs by 25%, the others by 32 to 38% and EAP by 89%: five points of
+    "gauss-legendre" are exact for polynomials, and a transformer turns more sharply; with many they are the best. "trapezoid" has both
+    ends. "left" (k / points from k = 0) are the points of Hanna et al.'s code for inputs, "right" (from k = 1) those for activations;
+    their clean-corrupted average of the gradients at the two ends is `EAPIG(points=2, quadrature="trapezoid")`.
 
-    KL divergence works, because the points leave the clean run; a point at its end, where the gradient is zero, is not run.
+    KL divergence works, because the points leave the clean run; a point at its end adds nothing.
 
     Cost, where EAP has one gradient (a forward and a backward pass): "inputs" and "mask" have `points`, the former sent together as far as
     weights are equal; "activations" has `points` for each depth, which is 2 * layers + 1. The mask's record costs two more forward passes.
@@ -132,7 +132,7 @@ def _completeness(engine: Engine, total: Float[ndarray, "prompts readers writers
     """How far the sum of all scores is from what the model owes to all edges."""
     visible = engine.graph.visible.astype(np.float32)
     ones, zeros = np.asarray(engine.evaluate(np.stack([visible, 0 * visible])), dtype=np.float64).mean(axis=1).tolist()
-    gap = towards_better(engine) * (float(total.sum(axis=(1, 2)).mean()) - (ones - zeros))
+    gap = towards_better(engine) * (float(total[:, engine.graph.visible].sum(axis=1).mean()) - (ones - zeros))
     return {"metric_at_ones": ones, "metric_at_zeros": zeros, "completeness_gap": gap}
 
 

@@ -74,7 +74,7 @@ def _shares(said: Float[ndarray, "some_writers position d_model"]) -> Float[ndar
     """How much of the sum is owed to each, averaged over positions."""
     shares = np.zeros(len(said))
     for start in range(0, said.shape[1], POSITIONS_AT_ONCE):
-        part = said[:, start : start + POSITIONS_AT_ONCE]
+        part = said[:, start : start + POSITIONS_AT_ONCE].astype(np.float64)  # a small share is a difference of large norms
         whole = part.sum(axis=0)
         near = np.maximum(0, np.abs(whole).sum(axis=-1) - np.abs(whole - part).sum(axis=-1))
         total = near.sum(axis=0)

@@ -75,7 +75,9 @@ class ScreenedBy:
             "metric": float(np.mean(engine.evaluate(kept[None].astype(np.float32)))),
             "record": dict(screened.record),
         }
-        asked: Engine = engine if np.array_equal(kept, graph.visible) else _Restricted(engine, kept)
+        asked: Engine = engine
+        if not np.array_equal(kept, graph.visible):
+            asked = _Restricted(engine, kept)
         for outcome in outcomes(self.then, asked):
             found = _in_full(outcome, graph, kept)
             yield replace(found, record={**found.record, "screen": record}, done=0.5 + 0.5 * outcome.done)
@@ -115,6 +117,9 @@ class _Restricted:
 
     def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> WriterValues:
         return self.engine.activations(self.kept.astype(np.float32) if mask is None else self._within(mask), source=source)
+
+    def source_values(self) -> WriterValues:
+        return self.engine.source_values()
 
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None

@@ -113,7 +113,7 @@ class Selected:
             yield replace(attempts.before, done=done)
         if reached is None:
             best = max(attempts.tried, key=lambda attempt: attempt.faithfulness, default=None)
-            reason = f"the best is {best.faithfulness:.3g} at {best.size:,} edges" if best else "there are no scored edges"
+            reason = f"the best is {best.faithfulness:.3g}, at size {best.size:,}" if best else "there are no scored edges"
             raise CircuitGraphError(
                 f"selected: no size reaches a faithfulness of {target}; {reason}; lower the target or take other scores"
             )

@@ -17,7 +17,7 @@ from circuitgraph.evaluation._curve import Point as Point
 from circuitgraph.evaluation._faithfulness import Faithfulness as Faithfulness
 from circuitgraph.evaluation._faithfulness import faithfulness as faithfulness
 from circuitgraph.evaluation._hypotheses import HypothesisTests as HypothesisTests
-from circuitgraph.evaluation._hypotheses import Test as Test
+from circuitgraph.evaluation._hypotheses import NullHypothesis as NullHypothesis
 from circuitgraph.evaluation._hypotheses import Verdict as Verdict
 from circuitgraph.evaluation._measures import MEASURES as MEASURES
 from circuitgraph.evaluation._measures import Finding as Finding

@@ -34,9 +34,9 @@ class Estimate:
 
     def __str__(self) -> str:
         if self.interval is None:
-            return f"{_rounded(self.value)} (one prompt: no interval)"
+            return f"{rounded(self.value)} (one prompt: no interval)"
         low, high = self.interval
-        return f"{_rounded(self.value)} ({CONFIDENCE:.0%}: {_rounded(low)} to {_rounded(high)})"
+        return f"{rounded(self.value)} ({CONFIDENCE:.0%}: {rounded(low)} to {rounded(high)})"
 
 
 def resampled_means(samples: Float[ndarray, "quantities prompts"], *, seed: int = 0) -> Float[ndarray, "resamples quantities"]:
@@ -78,6 +78,10 @@ def interval_of(statistic: Float[ndarray, " resamples"]) -> Interval | None:
     return float(low), float(high)
 
 
-def _rounded(value: float) -> str:
-    """Three decimals, and never -0.000."""
+def rounded(value: float) -> str:
+    """Three decimals, and never -0.000.
+
+    >>> rounded(-1e-9)
+    '0.000'
+    """
     return f"{round(value, 3) + 0.0:.3f}"

@@ -21,8 +21,8 @@ from circuitgraph.evaluation._scale import Scale
 class KnockOut:
     """One set `K`, and how it was found: `sampled`, `greedy` or the name of a role.
 
-    `circuit` and `model` are the mean `F(C \\ K)` and `F(M \\ K)`; `score` the size of their difference and `per_prompt` the difference itself,
-    both in units of `F(M) - F(0)`.
+    `circuit` and `model` are the mean `F(C \\ K)` and `F(M \\ K)`. In units of `F(M) - F(0)`, `score` is the size of their difference and
+    `per_prompt` the difference itself.
     """
 
     how: str
@@ -46,7 +46,7 @@ class Incompleteness:
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The worst set of all, and each way of choosing one."""
-        ways = [way for way in dict.fromkeys(tried.how for tried in self.sets)]
+        ways = dict.fromkeys(tried.how for tried in self.sets)
         worst = {way: max((t for t in self.sets if t.how == way), key=lambda tried: tried.score.value) for way in ways}
         overall = f"{self.worst.score} without {named(self.worst.nodes)}"
         return (
@@ -67,10 +67,10 @@ class Completeness:
     """The measure: `|F(C \\ K) - F(M \\ K)|` for sets `K` of the circuit's heads and MLPs, in units of `F(M) - F(0)`.
 
     `X \\ K` is `X` with the nodes of `K` knocked out, patched wherever they are read; `F` is averaged over prompts first. A circuit that
-    left out a backup of `K` shows it here and not in its faithfulness. Sets are `sampled` ones (each node in with probability 1/2; every set
-    where there are no more than `sampled`), each of the `roles` (by default the heads and the MLPs), and that of a greedy search: at each of
-    `greedy_steps`, of `width` nodes at random, the one that raises the difference most is added; the best set on the way counts. The
-    search looks at the prompts it is judged on, so its interval is too narrow.
+    left out a backup of `K` shows it here and not in its faithfulness. Sets are `sampled` ones (each node in with probability 1/2;
+    every set where there are no more than `sampled`), each of the `roles` (by default the heads and the MLPs), and that of a greedy
+    search: at each of `greedy_steps`, of `width` nodes at random, the one that raises the difference most is added; the best set on the
+    way counts. The search looks at the prompts it is judged on, so its interval is too narrow.
 
     `granularity`: of the circuit. Wang et al. knock nodes out of circuits of nodes. Cost: two forward passes per set, and
     `2 * width * greedy_steps` of the search.

@@ -12,7 +12,7 @@ import numpy as np
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
-from circuitgraph.evaluation._bootstrap import Estimate, interval_of, resampled_means
+from circuitgraph.evaluation._bootstrap import Estimate, interval_of, resampled_means, rounded
 from circuitgraph.evaluation._protocol import Axis, Protocol, Ranking
 from circuitgraph.evaluation._scale import Scale
 
@@ -76,7 +76,7 @@ class FaithfulnessCurve:
         points = [
             (
                 f"faithfulness at {a.fraction:.1%} ({a.edges} edges)",
-                f"{s.faithfulness.value:.3f} signed, {a.faithfulness.value:.3f} absolute",
+                f"{rounded(s.faithfulness.value)} signed, {rounded(a.faithfulness.value)} absolute",
             )
             for s, a in zip(self.signed, self.absolute, strict=True)
         ]

@@ -31,8 +31,8 @@ _WALKS = 1000  # tries to find a path that is not in the circuit
 
 
 @dataclass(frozen=True)
-class Test:
-    """One null hypothesis. Each says something good of the circuit, so to reject it is bad news, and not to reject it is no proof."""
+class NullHypothesis:
+    """One of the three. Each says something good of the circuit, so to reject it is bad news, and not to reject it is no proof."""
 
     name: str
     null: str
@@ -44,9 +44,9 @@ class Test:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The three tests, corrected together. `redundant`: edges that matter no more than random ones, with p corrected over all edges tested."""
+    """The three tests, corrected together. `redundant`: edges that matter no more than random ones, with p corrected over all tested."""
 
-    tests: tuple[Test, ...]
+    tests: tuple[NullHypothesis, ...]
     redundant: tuple[tuple[str, float], ...]
     edges_tested: int
     alpha: float
@@ -55,11 +55,11 @@ class Verdict:
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """One line for each test."""
+        redundant = f", {len(self.redundant)} of {self.edges_tested} edges"
         return tuple(
             (
-                f"{test.name}: {test.null}",
-                f"{'rejected' if test.is_rejected else 'not rejected'} (p {test.p:.3g}, {self.correction} {test.adjusted_p:.3g})"
-                + (f"; {len(self.redundant)} of {self.edges_tested} edges" if test.name == "minimality" else ""),
+                f"{test.name}, p {test.p:.3g} ({self.correction} {test.adjusted_p:.3g})",
+                f"{'rejected' if test.is_rejected else 'not rejected'}: {test.null}" + (redundant if test.name == "minimality" else ""),
             )
             for test in self.tests
         )
@@ -78,8 +78,8 @@ class HypothesisTests:
     independence: the score of the circuit's complement says nothing about the model's. A permutation test of the Hilbert-Schmidt criterion.
 
     minimality: removing any edge `e` changes the score more than removing a random edge does, `quantile` of the time. The change is
-    `mean |F(C) - F(C - e)|`; the random edges are those of `random_edges` random paths from input to logits outside the circuit, each added to
-    it before one of its edges is removed. A binomial test for each edge, of at most `max_edges` edges at random.
+    `mean |F(C) - F(C - e)|`; the random edges are those of `random_edges` random paths from input to logits outside the circuit, each
+    added to it before one of its edges is removed. A binomial test for each edge, of at most `max_edges` edges at random.
 
     p-values are corrected over the edges and then over the three tests, by `correction`. Shi et al.'s code compares the mean difference of
     scores where the paper has the share of prompts, takes one kernel width for both variables, and corrects nothing; here it is the paper's
@@ -129,7 +129,7 @@ class HypothesisTests:
             ),
         )
         corrected = adjusted(np.array([p for *_, p in found]), self.correction)
-        tests = tuple(Test(*test, float(a), bool(a <= self.alpha)) for test, a in zip(found, corrected, strict=True))
+        tests = tuple(NullHypothesis(*test, float(a), bool(a <= self.alpha)) for test, a in zip(found, corrected, strict=True))
         p_adjusted = adjusted(p_edges, self.correction)
         redundant = tuple(
             (edges[i].name, float(p_adjusted[i])) for i in np.argsort(p_adjusted, kind="stable") if p_adjusted[i] <= self.alpha

@@ -44,7 +44,8 @@ def mask_of(circuit: Circuit, granularity: Granularity) -> Bool[ndarray, "reader
 def without(graph: Graph, mask: Bool[ndarray, "readers writers"], nodes: Collection[str]) -> Bool[ndarray, "readers writers"]:
     """The mask with nodes knocked out: nobody reads them any more."""
     live = np.array([writer.node not in nodes for writer in graph.writers])
-    return mask & live[None]
+    rest: Bool[ndarray, "readers writers"] = mask & live[None]
+    return rest
 
 
 def parts_of(circuit: Circuit, what: str) -> tuple[str, ...]:

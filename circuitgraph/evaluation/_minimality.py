@@ -42,7 +42,7 @@ class Needs:
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The nodes that are needed least."""
-        return tuple((f"minimality, {need.node}", f"{need.score} once {named(need.beside)} is gone") for need in self.nodes[:_LISTED])
+        return tuple((f"minimality, {need.node}", f"{need.score} without {named(need.beside)}") for need in self.nodes[:_LISTED])
 
     def to_dict(self) -> dict[str, Any]:
         return {"nodes": [dataclasses.asdict(need) for need in self.nodes], "protocol": self.protocol.to_dict()}
@@ -112,7 +112,8 @@ class _Search:
     def try_growing(self, candidates: dict[str, list[str]]) -> None:
         """For each node, its best set with one more; a node for which none is better is settled."""
         trials = [(v, self.best[v][0] | {u}) for v, others in candidates.items() if v not in self.settled for u in others]
-        metrics = self._metrics([with_v for v, beside in trials for with_v in (beside, beside | {v})]).reshape(len(trials), 2, -1)
+        metrics = self._metrics([with_v for v, beside in trials for with_v in (beside, beside | {v})])
+        metrics = metrics.reshape(len(trials), 2, self.scale.engine.n_prompts)
         grown = {v for (v, beside), (base, other) in zip(trials, metrics, strict=True) if self._offer(v, beside, other - base)}
         self.settled |= set(candidates) - grown
 

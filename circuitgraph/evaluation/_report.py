@@ -92,7 +92,7 @@ class Report:
             (f"{self.metric}, circuit", f"{self.metric_circuit + 0.0:.4g}"),
             (f"{self.metric}, all but the circuit", f"{self.metric_complement + 0.0:.4g}"),
             ("faithfulness (1 is the model)", str(Estimate(self.faithfulness, self.faithfulness_interval))),
-            ("the same with every edge between its nodes", str(Estimate(self.node_faithfulness, self.node_faithfulness_interval))),
+            ("faithfulness of its nodes", str(Estimate(self.node_faithfulness, self.node_faithfulness_interval))),
             ("complement (0: nothing left out)", str(Estimate(self.complement, self.complement_interval))),
             *(row for finding in self.findings.values() for row in finding.rows()),
         )
@@ -116,7 +116,7 @@ class Report:
         return write_bytes(path, f"{self.to_json()}\n".encode())
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the faithfulness curve into an SVG, PDF or PNG file, by its suffix. Raises `FileError`, and `CircuitGraphError` without one."""
+        """Draw the faithfulness curve into an SVG, PDF or PNG file, by its suffix. Raises `FileError`, `CircuitGraphError` without one."""
         from circuitgraph.drawing import plot_curve
 
         curve = self.findings.get("curve")

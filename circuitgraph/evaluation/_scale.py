@@ -30,8 +30,9 @@ LANES = 32  # masks that are sent together
 class Scale:
     """An engine, the graph of the masks it is asked about, and the protocol of the answers.
 
-    `graph` is the engine's, or that split by the spans of its prompts. `ends`: `F(1)` and `F(0)` where they have been asked already. Raises `DegenerateError` where `F(1)` and `F(0)` cannot be told
-    apart, so nothing that is measured on a scale divides by zero, and `CircuitGraphError` for another graph.
+    `graph` is the engine's, or that split by the spans of its prompts. `ends`: `F(1)` and `F(0)` where they have been asked already.
+    Raises `DegenerateError` where these two cannot be told apart, so nothing that is measured on a scale divides by zero, and
+    `CircuitGraphError` for another graph.
 
     >>> from circuitgraph.testing import ReferenceModel, random_pairs
     >>> engine = ReferenceModel.random(seed=3, n_layers=1).bind(random_pairs(3), "kl")
@@ -77,7 +78,8 @@ class Scale:
 
     def metric(self, mask: Bool[ndarray, "readers writers"]) -> Float[ndarray, " prompts"]:
         """`F` of one mask, per prompt."""
-        return self.metrics(np.asarray(mask)[None])[0]
+        values: Float[ndarray, " prompts"] = self.metrics([mask])[0]
+        return values
 
     def metrics(self, masks: Iterable[Bool[ndarray, "readers writers"]]) -> Float[ndarray, "lanes prompts"]:
         """`F` of many masks, per prompt, several to a query. Raises `TraceError` when one is not a number."""
@@ -85,7 +87,7 @@ class Scale:
         parts = [np.zeros((0, self.engine.n_prompts))]
         while lanes := list(islice(rest, LANES)):
             parts.append(self._ask(np.stack(lanes)))
-        values = np.concatenate(parts)
+        values: Float[ndarray, "lanes prompts"] = np.concatenate(parts)
         if not np.isfinite(values).all():
             lane, prompt = np.argwhere(~np.isfinite(values))[0]
             raise TraceError(f"{self.engine.metric.name} of prompt {prompt} is {values[lane, prompt]} under a mask; expected a number")
@@ -95,7 +97,8 @@ class Scale:
         asked = masks.astype(np.float32)
         if self._is_split:  # the columns of a writer stand together, one for each span
             asked = asked.reshape(len(masks), *self.engine.graph.shape, len(self.graph.spans))
-        return np.asarray(self.engine.evaluate(asked), dtype=np.float64)
+        values: Float[ndarray, "lanes prompts"] = np.asarray(self.engine.evaluate(asked), dtype=np.float64)
+        return values
 
     def faithfulness(self, mask: Bool[ndarray, "readers writers"]) -> Estimate:
         """Of one mask, with its interval."""

@@ -102,6 +102,9 @@ class ReferenceEngine:
         chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape, self.spans).astype(float)
         return self._collect(lambda batch: self._run(batch, chosen, self._source_of(batch, source)).values)
 
+    def source_values(self) -> ReferenceValues:
+        return self._own_source
+
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
