@@ -93,7 +93,7 @@ def find(
     outcome = outcome_of(algorithm, question.engine, progress)
     progress(1.0, "evaluating the circuit")
     provenance = _provenance(question, algorithm)
-    circuit = Circuit(question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
+    circuit = Circuit(outcome.graph or question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
     if choose is not None:
         circuit = choose(circuit)
     if circuit.n_edges == 0:
@@ -154,7 +154,7 @@ def outcome_of(algorithm: Algorithm, engine: Engine, tell: Progress | None = Non
 
 
 def _checked(outcome: Outcome, engine: Engine, name: str) -> Outcome:
-    graph = engine.graph
+    graph = outcome.graph or engine.graph
     if np.shape(outcome.mask) != graph.shape:
         raise CircuitGraphError(f"{name}: the mask has shape {np.shape(outcome.mask)}; expected [readers, writers] = {graph.shape}")
     if outcome.scores is not None and graph.n_edges and np.isnan(np.asarray(outcome.scores)[graph.visible]).all():

@@ -10,6 +10,7 @@ from circuitgraph.algorithms._ensemble import Ensemble as Ensemble
 from circuitgraph.algorithms._information_flow import InformationFlow as InformationFlow
 from circuitgraph.algorithms._magnitude import Magnitude as Magnitude
 from circuitgraph.algorithms._path_patching import PathPatching as PathPatching
+from circuitgraph.algorithms._per_position import PerPosition as PerPosition
 from circuitgraph.algorithms._random import Random as Random
 from circuitgraph.algorithms._relp import RelP as RelP
 from circuitgraph.algorithms._screened import ScreenedBy as ScreenedBy

@@ -49,6 +49,11 @@ class Scale:
     def __post_init__(self) -> None:
         traced = self.engine.graph
         if self.graph != traced and not self._is_split:
+            if self.graph.spans and self.graph.spans != tuple(self.engine.spans):
+                ours, theirs = ", ".join(self.graph.spans), ", ".join(self.engine.spans) or "none"
+                raise CircuitGraphError(
+                    f"the circuit is split by the spans {ours}; the prompts have {theirs}; ask prompts of the same task"
+                )
             raise CircuitGraphError(f"the circuit is of {self.graph!r}, but the model is {traced!r}; trace it as it was traced then")
         check_gap(self.model, self.source, self.engine.metric.name, seed=self.seed)
 
