@@ -90,7 +90,7 @@ def find(
     question = pose(model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
     progress(0.0, "checking the trace")
     question.check()
-    outcome = _run(algorithm, question.engine, progress)
+    outcome = outcome_of(algorithm, question.engine, progress)
     progress(1.0, "evaluating the circuit")
     provenance = _provenance(question, algorithm)
     circuit = Circuit(question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
@@ -142,8 +142,9 @@ def random_pairs(vocabulary: int, *, prompts: int = 2, length: int = 8, seed: in
     return PromptPairs(clean=[*clean], corrupted=[*corrupted], answers=[*answers], wrong_answers=[*((answers + 1) % vocabulary)])
 
 
-def _run(algorithm: Algorithm, engine: Engine, tell: Progress) -> Outcome:
-    name = type(algorithm).__name__
+def outcome_of(algorithm: Algorithm, engine: Engine, tell: Progress | None = None) -> Outcome:
+    """Run an algorithm, step by step where it has steps. Raises `CircuitGraphError` for an outcome that no circuit can be made of."""
+    name, tell = type(algorithm).__name__, tell or _silent
     tell(0.0, name)
     if not isinstance(algorithm, SteppedAlgorithm):
         return _checked(algorithm.run(engine), engine, name)
@@ -177,21 +178,21 @@ def _provenance(question: Question, algorithm: Algorithm) -> dict[str, Any]:
         "seed": question.seed,
         "source": question.source.kind,
         "source_data": digest(question.source.data) if question.source.data else None,
-        "algorithm": _described(algorithm),
+        "algorithm": described(algorithm),
         "versions": {"circuitgraph": _version(), "numpy": np.__version__, **versions},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """A frozen dataclass as its class and hyper-parameters, algorithms inside algorithms too."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": type(value).__name__, **fields}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_described(item) for item in value]
+        return [described(item) for item in value]
     return repr(value)
 
 

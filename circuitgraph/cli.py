@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,8 +24,11 @@ from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._task import list_tasks, load_task
 from circuitgraph.algorithms import ACDC
+from circuitgraph.drawing import plot_format
+from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure
 from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
+from circuitgraph.files import load_any
 from circuitgraph.files._folder import check_folder, result_folder
 
 _ACDC_THRESHOLD = 0.01
@@ -166,7 +169,7 @@ def show(
         typer.echo(f"wrote {picture}")
 
 
-@app.command("evaluate", epilog="Example: circuitgraph evaluate induction/circuit.json --seed 1 -n 100")
+@app.command("evaluate", epilog="Example: circuitgraph evaluate induction/circuit.json --seed 1 --measure tests --plot curve.svg")
 def evaluate_file(
     file: Annotated[Path, typer.Argument(help="A circuit file, or the folder that discover wrote.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model of the same graph.")] = None,
@@ -174,6 +177,11 @@ def evaluate_file(
     prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", min=0, help="Another seed draws prompts that discovery has not seen.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", "-b", help="What computes: torch or jax (default: what found it).")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help=f"A deeper measure, again for more: {', '.join(MEASURES)}.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Compare with this circuit: AUROC, precision, recall.")] = None,
+    mib_compat: Annotated[bool, typer.Option("--mib-compat", help="CPR, CMD and AUROC as MIB's code computes them.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the faithfulness curve into this SVG, PDF or PNG file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report into this JSON file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -181,19 +189,27 @@ def evaluate_file(
     """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
     circuit = _load(file)
     found = circuit.provenance
+    measures = _measures(measure or (), circuit, reference, mib_compat, plot)
     name, how = model or _found(found, "model", file), _part(found, "model")
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
-    report = evaluate(
-        _trace(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
-        task or _found(found, "task", file),
-        circuit,
-        prompts=prompts or (None if task else found.get("prompts")),
-        seed=seed if seed is not None else found.get("seed", 0),
-    )
+    with _progress() as tell:
+        report = evaluate(
+            _trace(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
+            task or _found(found, "task", file),
+            circuit,
+            prompts=prompts or (None if task else found.get("prompts")),
+            seed=seed if seed is not None else found.get("seed", 0),
+            measures=measures,
+            progress=tell,
+        )
+    written = [report.save(output)] if output else []
+    written += [report.plot(plot)] if plot else []
     if as_json:
         _print_json(report.to_dict())
-    else:
-        _stdout.print(report)
+        return
+    _stdout.print(report)
+    if written:
+        typer.echo(f"wrote {', '.join(map(str, written))}")
 
 
 @app.command(epilog="Example: circuitgraph trace zoo:tiny-english")
@@ -266,7 +282,20 @@ def _write(circuit: Circuit, report: Report, folder: Path) -> None:
     circuit.save(folder / "circuit.json")
     circuit.render(folder / "circuit.svg")
     circuit.render(folder / "circuit.dot")
-    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    report.save(folder / "report.json")
+
+
+def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> list[str | Measure]:
+    """The measures asked for; a plot needs the curve, and a reference is one of its own."""
+    if plot is not None:
+        plot_format(plot)
+    if mib_compat and reference is None and plot is None and "curve" not in names:
+        raise CircuitGraphError("--mib-compat is for --measure curve and --reference; add one of them")
+    chosen = dict.fromkeys([*names, *(["curve"] if plot is not None else [])])
+    measures: list[str | Measure] = [Curve(mib_compat=mib_compat) if name == "curve" else name for name in chosen]
+    if reference is not None:
+        measures.append(Agreement(load_any(reference, circuit.graph), mib_compat=mib_compat))
+    return measures
 
 
 def _load(file: Path) -> Circuit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -40,12 +40,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Line:
-    """One or more edges between two places. `score`: that of the strongest; None when none is scored."""
+    """One or more edges between two places. `score`: that of the strongest; None when none is scored. `confidence`: of the surest."""
 
     tail: Node
     head: Node
     kind: Kind
     edges: tuple[tuple[str, float | None], ...]
+    confidence: float | None = None
 
     @cached_property
     def score(self) -> float | None:
@@ -123,7 +124,15 @@ def _lines(live: Circuit, detail: Detail) -> tuple[Line, ...]:
             score = None if live.scores is None or math.isnan(live.scores[r, w]) else float(live.scores[r, w])
             for head in heads:
                 merged.setdefault((places[writer], head, kind), {})[f"{writer}->{reader}"] = score
-    return tuple(Line(*key, tuple(edges.items())) for key, edges in merged.items())
+    return tuple(Line(*key, tuple(edges.items()), _surest(live, edges)) for key, edges in merged.items())
+
+
+def _surest(live: Circuit, edges: Iterable[str]) -> float | None:
+    """The largest confidence of some edges, where the circuit has any."""
+    if live.confidence is None:
+        return None
+    known = [float(value) for name in edges if not math.isnan(value := live.confidence[live.graph.edge_id(name)])]
+    return max(known, default=None)
 
 
 def _place(name: str, live: Circuit, detail: Detail) -> Node:

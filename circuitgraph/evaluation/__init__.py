@@ -1,7 +1,34 @@
 """Measures of a circuit: one measure a file."""
 
+from circuitgraph.evaluation._agreement import Agreement as Agreement
+from circuitgraph.evaluation._agreement import Match as Match
+from circuitgraph.evaluation._agreement import ReferenceMatch as ReferenceMatch
+from circuitgraph.evaluation._agreement import auroc as auroc
+from circuitgraph.evaluation._agreement import matched as matched
+from circuitgraph.evaluation._bootstrap import Estimate as Estimate
+from circuitgraph.evaluation._completeness import Completeness as Completeness
+from circuitgraph.evaluation._completeness import Incompleteness as Incompleteness
+from circuitgraph.evaluation._completeness import KnockOut as KnockOut
+from circuitgraph.evaluation._curve import MIB_GRID as MIB_GRID
+from circuitgraph.evaluation._curve import Area as Area
+from circuitgraph.evaluation._curve import Curve as Curve
+from circuitgraph.evaluation._curve import FaithfulnessCurve as FaithfulnessCurve
+from circuitgraph.evaluation._curve import Point as Point
 from circuitgraph.evaluation._faithfulness import Faithfulness as Faithfulness
 from circuitgraph.evaluation._faithfulness import faithfulness as faithfulness
+from circuitgraph.evaluation._hypotheses import HypothesisTests as HypothesisTests
+from circuitgraph.evaluation._hypotheses import NullHypothesis as NullHypothesis
+from circuitgraph.evaluation._hypotheses import Verdict as Verdict
+from circuitgraph.evaluation._measures import MEASURES as MEASURES
+from circuitgraph.evaluation._measures import Finding as Finding
+from circuitgraph.evaluation._measures import Measure as Measure
+from circuitgraph.evaluation._minimality import Minimality as Minimality
+from circuitgraph.evaluation._minimality import Need as Need
+from circuitgraph.evaluation._minimality import Needs as Needs
+from circuitgraph.evaluation._protocol import Protocol as Protocol
+from circuitgraph.evaluation._protocol import check_comparable as check_comparable
 from circuitgraph.evaluation._question import CircuitGraphWarning as CircuitGraphWarning
 from circuitgraph.evaluation._report import Report as Report
 from circuitgraph.evaluation._report import evaluate as evaluate
+from circuitgraph.evaluation._scale import Scale as Scale
+from circuitgraph.evaluation._scale import scale_of as scale_of
