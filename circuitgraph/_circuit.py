@@ -110,13 +110,11 @@ class Circuit:
 
     def top(self, n: int) -> Circuit:
         """The `n` edges of the graph with the largest |score|; ties go to the lower id, so `top(n)` is always a subset of `top(n + 1)`."""
-        size = np.abs(self._scores_for("top"))[self.graph.visible]
-        n_scored = int(np.isfinite(size).sum())
+        scores = self._scores_for("top")
+        n_scored = int(np.isfinite(scores[self.graph.visible]).sum())
         if whole_number("top: n", n, 0) > n_scored:
             raise CircuitGraphError(f"top({n}): the graph has {n_scored:,} scored edges; n must be from 0 to that")
-        best = np.argsort(-size, kind="stable")[:n]  # NaN sorts last
-        mask = np.zeros(self.graph.shape, dtype=bool)
-        mask.flat[np.flatnonzero(self.graph.visible)[best]] = True
+        mask = self.graph.largest(np.abs(scores), n)
         return self._with_mask(mask, {"operation": "top", "n": int(n)})
 
     def threshold(self, t: float) -> Circuit:

@@ -242,6 +242,25 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
     return deque(steps, maxlen=1)[0]
 
 
+def outcomes(algorithm: Algorithm, engine: Engine) -> Iterator[Outcome]:
+    """What an algorithm yields on its way, or the one outcome of one that has no steps. Always one, or it raises `CircuitGraphError`."""
+    if not isinstance(algorithm, SteppedAlgorithm):
+        yield algorithm.run(engine)
+        return
+    outcome = None
+    for outcome in algorithm.steps(engine):
+        yield outcome
+    if outcome is None:
+        raise CircuitGraphError(f"{type(algorithm).__name__}: steps() yielded nothing; expected at least one outcome")
+
+
+def checked_algorithm(what: str, value: Any) -> Algorithm:
+    """Raises `CircuitGraphError` for what is no instance of an algorithm, such as its class."""
+    if isinstance(value, type) or not isinstance(value, Algorithm):
+        raise CircuitGraphError(f"{what}: {value!r}; expected an instance with a run method, such as ACDC(threshold=0.001)")
+    return value
+
+
 def checked_mask(mask: Any, shape: tuple[int, ...], spans: Sequence[str] = ()) -> Float[ndarray, ...]:
     """A mask, or a stack of them if `shape` has three axes (its first counts for nothing); with a last axis of spans if it has one.
 

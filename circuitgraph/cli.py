@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,19 +18,16 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from circuitgraph import _discover, _plugins, zoo
+from circuitgraph import _choosing, _discover, _plugins, zoo
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._task import list_tasks, load_task
-from circuitgraph.algorithms import ACDC
 from circuitgraph.drawing import plot_format
-from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure
+from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure, measures_named
 from circuitgraph.evaluation._question import NO_TASK, CircuitGraphWarning
 from circuitgraph.evaluation._report import Report, evaluate
-from circuitgraph.files import load_any
+from circuitgraph.files import check_place, load_any
 from circuitgraph.files._folder import check_folder, result_folder
-
-_ACDC_THRESHOLD = 0.01
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer have inside
 
@@ -89,7 +85,9 @@ Backend = Annotated[str, typer.Option("--backend", "-b", help="What computes: to
 Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
 Threshold = Annotated[
     float | None,
-    typer.Option(help=f"acdc: the rise of the metric that keeps an edge (default: {_ACDC_THRESHOLD}). Others: the smallest |score| kept."),
+    typer.Option(
+        help=f"acdc: the rise of the metric that keeps an edge (default: {_choosing.ACDC_THRESHOLD}). Others: the smallest |score| kept."
+    ),
 ]
 
 
@@ -97,10 +95,20 @@ Threshold = Annotated[
 def discover(
     task: TaskName,
     model: ModelName,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="acdc, eap or activation-patching.")] = "eap",
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "-a", help=f"One of {', '.join(_plugins.names(_plugins.ALGORITHMS)) or 'none installed'}.")
+    ] = "eap",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter of the algorithm. Can be repeated.")
+    ] = None,
     threshold: Threshold = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="How many of the strongest edges to keep (default: 1%, at least 20); not acdc.")
+        int | None,
+        typer.Option(min=1, help="How many edges to choose, the strongest unless --select says otherwise (default: 1%, at least 20)."),
+    ] = None,
+    select: Annotated[str | None, typer.Option(help=f"How to choose from the scores: {', '.join(_choosing.SELECTORS)}.")] = None,
+    faithfulness: Annotated[
+        float | None, typer.Option(help="Instead of a number of edges: the fewest that reach this share of the model's behaviour.")
     ] = None,
     prompts: Prompts = None,
     seed: Seed = 0,
@@ -119,13 +127,14 @@ def discover(
     as_json: AsJson = False,
 ) -> None:
     """Find the circuit of a task in a model, and write its file, picture and report."""
-    method, choose = _algorithm(algorithm, threshold, top)
+    method, choose = _choosing.algorithm(algorithm, settings or [], _choosing.Choosing(threshold, top, select, faithfulness))
     origin: Any = source  # `Source` refuses an unknown one
     check_folder(output, force=force)
     load_task(task)  # before the model, which takes longer
     with _progress() as tell:
         tell(0.0, "tracing the model")
         traced = _trace(model, backend, per_head_kv, device, dtype)
+        method = _choosing.sized(method, traced.graph.n_edges)
         circuit, report = _discover.find(
             traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose
         )
@@ -187,6 +196,8 @@ def evaluate_file(
     as_json: AsJson = False,
 ) -> None:
     """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
+    if output is not None:
+        check_place(output)
     circuit = _load(file)
     found = circuit.provenance
     measures = _measures(measure or (), circuit, reference, mib_compat, plot)
@@ -260,19 +271,6 @@ def models(as_json: AsJson = False) -> None:
     _print_json(rows) if as_json else _print_rows(rows)
 
 
-def _algorithm(name: str, threshold: float | None, top: int | None) -> tuple[Any, Any]:
-    """The algorithm, and how to choose from its scores if it does not decide about edges itself."""
-    if "threshold" not in _plugins.hyper_parameters(name):
-        if threshold is not None and top is not None:
-            raise CircuitGraphError("--threshold and --top exclude each other; give one")
-        return _plugins.new_algorithm(name), partial(_discover.strongest, top=top, threshold=threshold)
-    if top is not None:
-        raise CircuitGraphError(f"{name} decides edge by edge, so it takes --threshold and no --top")
-    if threshold is None and _plugins.algorithm_named(name) is ACDC:
-        threshold = _ACDC_THRESHOLD
-    return _plugins.new_algorithm(name, **({} if threshold is None else {"threshold": threshold})), None
-
-
 def _trace(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
     options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype}
     return _discover.trace(model, backend=backend, **{name: value for name, value in options.items() if value is not None})
@@ -285,7 +283,7 @@ def _write(circuit: Circuit, report: Report, folder: Path) -> None:
     report.save(folder / "report.json")
 
 
-def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> list[str | Measure]:
+def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mib_compat: bool, plot: Path | None) -> Sequence[Measure]:
     """The measures asked for; a plot needs the curve, and a reference is one of its own."""
     if plot is not None:
         plot_format(plot)
@@ -295,7 +293,7 @@ def _measures(names: Sequence[str], circuit: Circuit, reference: Path | None, mi
     measures: list[str | Measure] = [Curve(mib_compat=mib_compat) if name == "curve" else name for name in chosen]
     if reference is not None:
         measures.append(Agreement(load_any(reference, circuit.graph), mib_compat=mib_compat))
-    return measures
+    return measures_named(measures)
 
 
 def _load(file: Path) -> Circuit:

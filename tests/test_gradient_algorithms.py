@@ -20,8 +20,7 @@ from circuitgraph.algorithms._information_flow import POSITIONS_AT_ONCE
 from circuitgraph.algorithms._quadrature import RULES, by_weight, knots
 from circuitgraph.testing import ReferenceModel, random_pairs
 
-HAVE = ("reference",)  # the backends whose gradients know rules and several mixes; ("reference", "torch", "jax") once they all do
-with_rules = pytest.mark.parametrize("row", [row for row in EXACT_ROWS if row.backend in HAVE], ids=str)
+with_rules = pytest.mark.parametrize("row", EXACT_ROWS, ids=str)
 
 GRADIENTS: dict[str, Any] = {
     "eap": EAP(),
@@ -406,20 +405,14 @@ def test_information_flow_of_a_long_prompt_in_parts() -> None:
 
 
 @every_engine
-def test_magnitude_is_the_distance_from_the_corrupted_prompt(row: Row) -> None:
-    engine = bound(row)
-    clean, corrupted = engine.activations(), engine.reversed().activations()
+@pytest.mark.parametrize("source", ["corrupted", "zero", "mean"])
+def test_magnitude_is_the_distance_from_the_source(row: Row, source: str) -> None:
+    engine = bound(row, "logit_diff", source)
+    live, patched = engine.activations(), engine.source_values()
     found = run(Magnitude(), engine)
     for w in range(len(engine.graph.writers)):
-        sizes = [np.sqrt(((clean[i][w] - corrupted[i][w]) ** 2).sum(-1)).mean() for i in range(engine.n_prompts)]
+        sizes = [np.sqrt(((live[i][w] - patched[i][w]) ** 2).sum(-1)).mean() for i in range(engine.n_prompts)]
         assert np.allclose(found.scores[engine.graph.visible[:, w], w], np.mean(sizes), atol=row.tolerance)
-
-
-def test_magnitude_without_a_corrupted_run_is_the_size() -> None:
-    engine = ReferenceModel.random(3, n_layers=1).bind(FEW, "logit_diff", "zero")
-    clean, found = engine.activations(), run(Magnitude(), engine)
-    sizes = [np.linalg.norm(clean[i], axis=-1).mean(axis=-1) for i in range(len(FEW))]
-    assert np.allclose(found.scores[-1], np.mean(sizes, axis=0))
 
 
 def test_random_depends_on_the_seed_alone() -> None:

@@ -22,7 +22,10 @@ from circuitgraph._task import task_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = [
+    pytest.param(path, marks=[pytest.mark.smollm2] if "smollm2" in path.read_text() else [], id=path.name)
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDS_A_MODEL_OF_YOURS = ("docs/how-to/own-model.md", 0)
 
@@ -155,7 +158,7 @@ def test_readme_example_has_ten_lines() -> None:
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     assert len(script.read_text().splitlines()) < 60
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)

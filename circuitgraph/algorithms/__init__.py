@@ -6,9 +6,12 @@ from circuitgraph.algorithms._along_paths import AlongPaths as AlongPaths
 from circuitgraph.algorithms._attribution_patching import AttributionPatching as AttributionPatching
 from circuitgraph.algorithms._eap import EAP as EAP
 from circuitgraph.algorithms._eap_ig import EAPIG as EAPIG
+from circuitgraph.algorithms._ensemble import Ensemble as Ensemble
 from circuitgraph.algorithms._information_flow import InformationFlow as InformationFlow
 from circuitgraph.algorithms._magnitude import Magnitude as Magnitude
 from circuitgraph.algorithms._path_patching import PathPatching as PathPatching
 from circuitgraph.algorithms._per_position import PerPosition as PerPosition
 from circuitgraph.algorithms._random import Random as Random
 from circuitgraph.algorithms._relp import RelP as RelP
+from circuitgraph.algorithms._screened import ScreenedBy as ScreenedBy
+from circuitgraph.algorithms._selected import Selected as Selected

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuitgraph._engine import Engine, Outcome, WriterValues
-from circuitgraph._errors import DegenerateError
+from circuitgraph._engine import Engine, Outcome
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,15 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """How far what a writer says moves between the two prompts of a pair: the baseline without a question.
+    """How far what a writer says is from what would be patched in: the baseline without a question.
 
-        score[r, w] = mean over prompts and positions of || clean_w - corrupted_w ||_2
+        score[r, w] = mean over prompts and positions of || live_w - source_w ||_2
 
     It is what patching would change in the stream, whoever reads it and whatever the metric: the same on every edge of a writer, never
-    negative. What a gradient method finds beyond it is owed to the gradient. Where nothing is restored by denoising (source zero, and
-    optimal constants), there is no corrupted run to compare with, and the score is the mean of `|| clean_w ||_2`.
+    negative. What a gradient method finds beyond it is owed to the gradient.
 
-    Cost: one forward pass of the clean and one of the corrupted prompts.
+    Cost: one forward pass of the clean prompts and one of the source.
 
     >>> from circuitgraph._pairs import PromptPairs
     >>> from circuitgraph.testing import ReferenceModel
@@ -37,18 +35,10 @@ class Magnitude:
 
     def run(self, engine: Engine) -> Outcome:
         visible = engine.graph.visible
-        clean, corrupted = engine.activations(), _corrupted(engine)
-        sizes = np.stack([_size(clean[i] if corrupted is None else clean[i] - corrupted[i]) for i in range(engine.n_prompts)])
+        live, source = engine.activations(), engine.source_values()
+        sizes = np.stack([_size(live[i] - source[i]) for i in range(engine.n_prompts)])
         per_prompt = np.where(visible, sizes[:, None, :], 0.0)
         return Outcome(visible.copy(), per_prompt.mean(axis=0), prompt_scores=per_prompt.astype(np.float32))
-
-
-def _corrupted(engine: Engine) -> WriterValues | None:
-    """What every writer says on the corrupted prompts; nothing where the source is no prompt's."""
-    try:
-        return engine.reversed().activations()
-    except DegenerateError:
-        return None
 
 
 def _size(values: Float[ndarray, "writers position d_model"]) -> Float[ndarray, " writers"]:

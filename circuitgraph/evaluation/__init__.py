@@ -22,6 +22,7 @@ from circuitgraph.evaluation._hypotheses import Verdict as Verdict
 from circuitgraph.evaluation._measures import MEASURES as MEASURES
 from circuitgraph.evaluation._measures import Finding as Finding
 from circuitgraph.evaluation._measures import Measure as Measure
+from circuitgraph.evaluation._measures import measures_named as measures_named
 from circuitgraph.evaluation._minimality import Minimality as Minimality
 from circuitgraph.evaluation._minimality import Need as Need
 from circuitgraph.evaluation._minimality import Needs as Needs
