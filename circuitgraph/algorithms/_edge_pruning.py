@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from circuitgraph._engine import Algorithm, Engine, Outcome, last_outcome
 from circuitgraph._errors import CircuitGraphError, whole_number
-from circuitgraph._graph import Graph
 from circuitgraph.algorithms import _hard_concrete as hard_concrete
 from circuitgraph.algorithms._adam import Adam
 from circuitgraph.algorithms._relaxed import check_target, is_record_due, loss, loss_gradient, n_wanted, number, strongest
