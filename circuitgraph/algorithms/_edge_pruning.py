@@ -59,7 +59,7 @@ class EdgePruning:
 
     default_metric: ClassVar[str] = "kl"
 
-    target: float | int = 0.05
+    target: int | float = 0.05
     n_steps: int = 80
     learning_rate: float = 0.3
     initial: float = 4.0
