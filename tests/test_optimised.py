@@ -39,6 +39,7 @@ SHORT_RUNS: dict[str, Any] = {
     "ugs": UniformGradientSampling(n_steps=3),
     "ugs optimal": UniformGradientSampling(n_steps=3, ablation="optimal"),
 }
+HALF = SHORT_RUNS["edge pruning"]
 every_short_run = pytest.mark.parametrize("algorithm", SHORT_RUNS.values(), ids=SHORT_RUNS)
 
 
@@ -141,11 +142,11 @@ def test_an_edge_that_is_never_undecided_has_no_slope() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_edges_that_carry_everything_are_found(edges: tuple[str, ...], seed: int) -> None:
     engine = worth(edges)
-    for algorithm in (EdgePruning(target=len(edges), seed=seed), UniformGradientSampling(penalty=0.01, seed=seed)):
+    for algorithm in (EdgePruning(target=len(edges), seed=seed), UniformGradientSampling(penalty=0.02, seed=seed)):
         outcome = algorithm.run(engine)
         assert names(engine, outcome.mask) == set(edges), algorithm
         assert outcome.scores is not None
-        assert names(engine, outcome.scores > 0.9) >= set(edges)
+        assert min(outcome.scores[engine.graph.edge_id(edge)] for edge in edges) > 0.6
 
 
 def test_nodes_that_carry_everything_are_found() -> None:
@@ -169,14 +170,13 @@ def test_a_price_above_the_worth_of_everything_leaves_nothing() -> None:
         assert not algorithm.run(engine).mask[1:, 1:].any()
 
 
-@pytest.mark.parametrize("target", [0.1, 0.4, 20])
+@pytest.mark.parametrize("target", [0.1, 0.2, 12])
 def test_edge_pruning_reaches_its_target(target: float) -> None:
-    rng, graph = np.random.default_rng(3), GRAPH
-    table = np.where(graph.visible, rng.exponential(size=graph.shape), 0.0)
-    engine: Any = Worth(graph, lambda mask: (table * (1 - mask)).sum(), metric=KLDivergence(), worth=table)
+    engine = bound(TORCH, "kl")
     sparsity = EdgePruning(target=target).run(engine).record["sparsity"]
-    asked = 1 - n_wanted(target, graph) / graph.n_edges
-    assert sparsity[-1] == pytest.approx([asked, asked], abs=0.08)
+    asked = 1 - n_wanted(target, engine.graph) / engine.graph.n_edges
+    assert sparsity[-1] == pytest.approx([asked, asked], abs=0.1)
+    assert sparsity[0][0] < 0.05
     assert [wanted for _, wanted in sparsity] == sorted(wanted for _, wanted in sparsity)
 
 
@@ -272,9 +272,10 @@ def test_hisp_is_the_slope_of_a_node_mask(metric: str) -> None:
     nodes = HISP(normalised=False).run(engine).record["nodes"]
     for w, writer in enumerate(engine.graph.writers):
         masks = np.ones((2, *engine.graph.shape))
-        masks[:, :, w] += 1e-5, -1e-5
+        masks[0, :, w] += 1e-5
+        masks[1, :, w] -= 1e-5
         up, down = engine.evaluate(masks)
-        assert nodes[writer.name] == pytest.approx(np.abs(up - down).mean() / 2e-5, abs=1e-6)
+        assert nodes[writer.name] == pytest.approx(float(np.abs(up - down).mean()) / 2e-5, abs=1e-6)
 
 
 def test_hisp_normalises_each_layer_and_keeps_prompts() -> None:
@@ -326,7 +327,7 @@ def test_fitted_constants_are_the_best_ones() -> None:
     mean = np.concatenate(engine.said, axis=1).mean(axis=1)
     assert of_one is not None
     assert of_one[1] == pytest.approx(engine.target[1], abs=0.02)
-    assert np.array_equal(of_one[[0, 2]], mean[[0, 2]])  # nobody patches them
+    assert of_one[[0, 2]] == pytest.approx(mean[[0, 2]])  # nobody patches them
 
 
 def test_writer_means_are_over_prompts_and_positions() -> None:
@@ -401,7 +402,7 @@ def test_a_circuit_is_evaluated_with_the_constants_of_its_discovery(fits: list[i
 
 def test_given_constants_are_asked_for_again(fits: list[int]) -> None:
     source = optimal_source(TORCH.traced, SHORT)
-    circuit = discover(TORCH.traced, SHORT, EAP(), source=source, metric="logit_diff")
+    circuit = discover(TORCH.traced, SHORT, HALF, source=source, metric="kl")
     assert fits == [len(SHORT)]
     assert circuit.provenance["source_fitted_to"] is None
     with pytest.raises(CircuitGraphError, match="found with constants of its own; pass that source"):
@@ -412,7 +413,7 @@ def test_given_constants_are_asked_for_again(fits: list[int]) -> None:
 
 
 def test_optimal_just_works() -> None:
-    circuit = discover(TORCH.traced, SHORT, EAP(), source="optimal", metric="logit_diff")
+    circuit = discover(TORCH.traced, SHORT, HALF, source="optimal", metric="kl")
     assert circuit.provenance["source_fitted_to"] == digest(SHORT)
     assert evaluate(TORCH.traced, SHORT, circuit).metric_corrupted == pytest.approx(circuit.provenance["metric_corrupted"])
 
