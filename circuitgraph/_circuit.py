@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Facts about one mask: they do not hold for another one, so a circuit made from this one does not inherit them.
 MEASURED = frozenset(
     {"edges_kept", "metric_circuit", "metric_complement", "minimality"}
-    | {"faithfulness", "faithfulness_interval", "completeness", "completeness_interval"}
+    | {"faithfulness", "faithfulness_interval", "node_faithfulness", "complement", "completeness", "completeness_interval"}
 )
 
 
@@ -35,7 +35,8 @@ class Circuit:
 
     `mask[r, w]`: reader `r` still sees writer `w`. `scores[r, w]`: how much the edge matters, NaN where nobody asked; 0 where there
     is no edge. `provenance`: what it takes to find the circuit again. `record`: what the algorithm put on record. Both are plain JSON
-    values; numbers that JSON cannot hold (NaN, infinity) become None.
+    values; numbers that JSON cannot hold (NaN, infinity) become None. `confidence[r, w]`: how sure the edge is, from 0 to 1, such as the
+    share of repeated discoveries that kept it; NaN where nobody knows.
 
     >>> from circuitgraph._graph import Layer, transformer_graph
     >>> graph = transformer_graph([Layer(n_heads=2, n_kv_heads=2)])
@@ -48,11 +49,14 @@ class Circuit:
     scores: Float[ndarray, "readers writers"] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    confidence: Float[ndarray, "readers writers"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", _checked_mask(self.graph, self.mask))
         if self.scores is not None:
             object.__setattr__(self, "scores", _checked_scores(self.graph, self.scores))
+        if self.confidence is not None:
+            object.__setattr__(self, "confidence", _checked_confidence(self.graph, self.confidence))
         object.__setattr__(self, "provenance", _plain(self.provenance, "provenance"))
         object.__setattr__(self, "record", _plain(self.record, "record"))
 
@@ -63,6 +67,7 @@ class Circuit:
             self.graph == other.graph
             and np.array_equal(self.mask, other.mask)
             and _same_scores(self.scores, other.scores)
+            and _same_scores(self.confidence, other.confidence)
             and self.provenance == other.provenance
             and self.record == other.record
         )
@@ -105,13 +110,11 @@ class Circuit:
 
     def top(self, n: int) -> Circuit:
         """The `n` edges of the graph with the largest |score|; ties go to the lower id, so `top(n)` is always a subset of `top(n + 1)`."""
-        size = np.abs(self._scores_for("top"))[self.graph.visible]
-        n_scored = int(np.isfinite(size).sum())
+        scores = self._scores_for("top")
+        n_scored = int(np.isfinite(scores[self.graph.visible]).sum())
         if whole_number("top: n", n, 0) > n_scored:
             raise CircuitGraphError(f"top({n}): the graph has {n_scored:,} scored edges; n must be from 0 to that")
-        best = np.argsort(-size, kind="stable")[:n]  # NaN sorts last
-        mask = np.zeros(self.graph.shape, dtype=bool)
-        mask.flat[np.flatnonzero(self.graph.visible)[best]] = True
+        mask = self.graph.largest(np.abs(scores), n)
         return self._with_mask(mask, {"operation": "top", "n": int(n)})
 
     def threshold(self, t: float) -> Circuit:
@@ -209,7 +212,8 @@ class Circuit:
         step = {"operation": operation, "left": alone[0], "right": alone[1]}
         provenance = {**shared, "derived": [*shared.get("derived", []), step]}
         scores = self.scores if _same_scores(self.scores, other.scores) else None
-        return Circuit(self.graph, combine(self.mask, other.mask), scores, provenance)
+        confidence = self.confidence if _same_scores(self.confidence, other.confidence) else None
+        return Circuit(self.graph, combine(self.mask, other.mask), scores, provenance, confidence=confidence)
 
 
 def _checked_mask(graph: Graph, value: Any) -> Bool[ndarray, "readers writers"]:
@@ -234,6 +238,13 @@ def _checked_scores(graph: Graph, value: Any) -> Float[ndarray, "readers writers
         raise CircuitGraphError(f"circuit: the score of {edge} is {scores[r, w]}; a score is finite, or NaN where the edge was not scored")
     scores.setflags(write=False)
     return scores
+
+
+def _checked_confidence(graph: Graph, value: Any) -> Float[ndarray, "readers writers"]:
+    confidence = _checked_scores(graph, value)
+    if ((confidence < 0) | (confidence > 1)).any():
+        raise CircuitGraphError(f"circuit: a confidence of {float(np.nanmax(np.abs(confidence)))}; expected shares from 0 to 1")
+    return confidence
 
 
 def _same_scores(a: Float[ndarray, "readers writers"] | None, b: Float[ndarray, "readers writers"] | None) -> bool:

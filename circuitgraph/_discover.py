@@ -14,12 +14,13 @@ import numpy as np
 
 from circuitgraph import _plugins
 from circuitgraph._circuit import Circuit
-from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, SourceKind, SteppedAlgorithm, TracedModel
+from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, SourceKind, TracedModel, checked_algorithm, outcomes
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._question import Question, digest, pose, warn
 from circuitgraph.evaluation._report import Report, answer, with_report
+from circuitgraph.selection import default_size
 
 if TYPE_CHECKING:
     from circuitgraph._task import Task
@@ -82,18 +83,17 @@ def find(
 ) -> tuple[Circuit, Report]:
     """`discover` with its report; `choose` picks from what the algorithm scored before the report is made."""
     started = time.perf_counter()
-    if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
-        raise CircuitGraphError(f"algorithm: {algorithm!r}; expected an instance with a run method, such as ACDC(threshold=0.001)")
+    checked_algorithm("algorithm", algorithm)
     progress(0.0, "tracing the model")
     if metric is None:
         metric = getattr(algorithm, "default_metric", None)
     question = pose(model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
     progress(0.0, "checking the trace")
     question.check()
-    outcome = _run(algorithm, question.engine, progress)
+    outcome = outcome_of(algorithm, question.engine, progress)
     progress(1.0, "evaluating the circuit")
     provenance = _provenance(question, algorithm)
-    circuit = Circuit(question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
+    circuit = Circuit(outcome.graph or question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
     if choose is not None:
         circuit = choose(circuit)
     if circuit.n_edges == 0:
@@ -107,14 +107,16 @@ def find(
 def strongest(circuit: Circuit, *, top: int | None = None, threshold: float | None = None) -> Circuit:
     """The edges of largest |score| that lie on a path from the input to the logits.
 
-    `top` of them before dead ends are pruned, or those of at least `threshold`; by default 1% of the edges, at least 20.
+    `top` of them before dead ends are pruned, or those of at least `threshold`. With neither, what the algorithm decided on stays as it
+    is: that is where it kept fewer than all edges; else it is 1% of them, at least 20.
     """
     if top is not None and threshold is not None:
         raise CircuitGraphError("top and threshold exclude each other; give one")
     if threshold is not None:
         return circuit.threshold(threshold).prune_dead()
-    default = min(circuit.graph.n_edges, max(20, round(0.01 * circuit.graph.n_edges)))
-    return circuit.top(default if top is None else top).prune_dead()
+    if top is None and circuit.n_edges < circuit.graph.n_edges:
+        return circuit
+    return circuit.top(default_size(circuit.graph.n_edges) if top is None else top).prune_dead()
 
 
 def check_trace(model: Any, pairs: PromptPairs | None = None, *, backend: str = "torch") -> tuple[Check, ...]:
@@ -142,21 +144,17 @@ def random_pairs(vocabulary: int, *, prompts: int = 2, length: int = 8, seed: in
     return PromptPairs(clean=[*clean], corrupted=[*corrupted], answers=[*answers], wrong_answers=[*((answers + 1) % vocabulary)])
 
 
-def _run(algorithm: Algorithm, engine: Engine, tell: Progress) -> Outcome:
-    name = type(algorithm).__name__
+def outcome_of(algorithm: Algorithm, engine: Engine, tell: Progress | None = None) -> Outcome:
+    """Run an algorithm, step by step where it has steps. Raises `CircuitGraphError` for an outcome that no circuit can be made of."""
+    name, tell = type(algorithm).__name__, tell or _silent
     tell(0.0, name)
-    if not isinstance(algorithm, SteppedAlgorithm):
-        return _checked(algorithm.run(engine), engine, name)
-    outcome = None
-    for outcome in algorithm.steps(engine):
+    for outcome in outcomes(algorithm, engine):
         tell(outcome.done, name)
-    if outcome is None:
-        raise CircuitGraphError(f"{name}: steps() yielded nothing; expected at least one outcome")
     return _checked(outcome, engine, name)
 
 
 def _checked(outcome: Outcome, engine: Engine, name: str) -> Outcome:
-    graph = engine.graph
+    graph = outcome.graph or engine.graph
     if np.shape(outcome.mask) != graph.shape:
         raise CircuitGraphError(f"{name}: the mask has shape {np.shape(outcome.mask)}; expected [readers, writers] = {graph.shape}")
     if outcome.scores is not None and graph.n_edges and np.isnan(np.asarray(outcome.scores)[graph.visible]).all():
@@ -177,21 +175,21 @@ def _provenance(question: Question, algorithm: Algorithm) -> dict[str, Any]:
         "seed": question.seed,
         "source": question.source.kind,
         "source_data": digest(question.source.data) if question.source.data else None,
-        "algorithm": _described(algorithm),
+        "algorithm": described(algorithm),
         "versions": {"circuitgraph": _version(), "numpy": np.__version__, **versions},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """A frozen dataclass as its class and hyper-parameters, algorithms inside algorithms too."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": type(value).__name__, **fields}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_described(item) for item in value]
+        return [described(item) for item in value]
     return repr(value)
 
 

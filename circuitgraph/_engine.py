@@ -242,6 +242,25 @@ def last_outcome(steps: Iterator[Outcome]) -> Outcome:
     return deque(steps, maxlen=1)[0]
 
 
+def outcomes(algorithm: Algorithm, engine: Engine) -> Iterator[Outcome]:
+    """What an algorithm yields on its way, or the one outcome of one that has no steps. Always one, or it raises `CircuitGraphError`."""
+    if not isinstance(algorithm, SteppedAlgorithm):
+        yield algorithm.run(engine)
+        return
+    outcome = None
+    for outcome in algorithm.steps(engine):
+        yield outcome
+    if outcome is None:
+        raise CircuitGraphError(f"{type(algorithm).__name__}: steps() yielded nothing; expected at least one outcome")
+
+
+def checked_algorithm(what: str, value: Any) -> Algorithm:
+    """Raises `CircuitGraphError` for what is no instance of an algorithm, such as its class."""
+    if isinstance(value, type) or not isinstance(value, Algorithm):
+        raise CircuitGraphError(f"{what}: {value!r}; expected an instance with a run method, such as ACDC(threshold=0.001)")
+    return value
+
+
 def checked_mask(mask: Any, shape: tuple[int, ...], spans: Sequence[str] = ()) -> Float[ndarray, ...]:
     """A mask, or a stack of them if `shape` has three axes (its first counts for nothing); with a last axis of spans if it has one.
 
@@ -252,14 +271,15 @@ def checked_mask(mask: Any, shape: tuple[int, ...], spans: Sequence[str] = ()) -
         checked = checked if checked.dtype.kind in "biuf" else checked.astype(float)
     except (TypeError, ValueError):
         raise CircuitGraphError(f"mask: {mask!r}; expected an array of numbers, 1 for live and 0 for source") from None
-    lanes = len(shape) - 2
-    has_spans = checked.ndim == len(shape) + 1
-    if has_spans and checked.shape[lanes:] != (*shape[-2:], len(spans)):
-        known = f"the prompts have the spans {', '.join(spans)}" if spans else "the prompts have no spans"
-        raise CircuitGraphError(f"mask of shape {checked.shape}: {known}, so its last axis has the length {len(spans)}")
-    if not has_spans and (checked.ndim != len(shape) or checked.shape[lanes:] != shape[-2:]):
+    lanes, rest = len(shape) - 2, shape[-2:]
+    if checked.ndim == len(shape) + 1 and spans:
+        if checked.shape[lanes:] != (*rest, len(spans)):
+            known = f"{len(spans)} spans ({', '.join(spans)})"
+            raise CircuitGraphError(f"mask of shape {checked.shape}: expected {rest} readers and writers, and the prompts have {known}")
+    elif checked.ndim != len(shape) or checked.shape[lanes:] != rest:
         wanted = "[lanes, readers, writers]" if len(shape) == 3 else "[readers, writers]"
-        raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {shape[-2:]} readers and writers")
+        hint = "" if spans else "; a last axis of spans needs prompts with spans"
+        raise CircuitGraphError(f"mask of shape {checked.shape}: expected {wanted} with {rest} readers and writers{hint}")
     if not np.isfinite(checked).all():
         raise CircuitGraphError("mask: it holds NaN or infinity; expected finite numbers, 1 for live and 0 for source")
     return checked
@@ -274,18 +294,43 @@ def check_source_values(values: WriterValues, n_prompts: int) -> None:
 def check_gradient(
     metric: Metric, mask: Float[ndarray, "readers writers"], graph: Graph, mix: float | Sequence[float] = 1.0, rule: Rule = EXACT
 ) -> None:
-    """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction."""
+    """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction, `CircuitGraphError` for a mix or a rule of nothing."""
+    if np.size(mix) == 0 or not np.isfinite(mix).all():
+        raise CircuitGraphError(f"mix: {mix!r}; expected a number between 0 (source) and 1 (clean), or several")
+    if rule.dropped_layer is not None and rule.dropped_layer not in {reader.layer for reader in graph.readers if reader.layer >= 0}:
+        n_layers = 1 + max(reader.layer for reader in graph.readers)
+        raise CircuitGraphError(f"gradient without layer {rule.dropped_layer!r}: the model has {n_layers} layers, from 0")
     is_live = bool(np.all(np.asarray(mask)[graph.visible] == 1))
     if rule.patterns == "recomputed" and not is_live:
         raise CircuitGraphError("a gradient with recomputed attention patterns is that of the model itself; expected a mask of ones")
-    if not metric.is_differentiable:
-        raise DegenerateError(
-            f"metric {metric.name} has no gradient; use logit_diff, prob_diff or nll, or a method that only evaluates (acdc)"
-        )
+    check_differentiable(metric)
     if metric.flat_at_clean and is_live and np.all(np.asarray(mix) == 1):
         raise DegenerateError(
             f"metric {metric.name} has zero gradient at the clean run, so attribution there scores every edge 0; "
             "use logit_diff or prob_diff, or a method that works with it: acdc or activation-patching"
+        )
+
+
+def check_differentiable(metric: Metric) -> None:
+    """Raises `DegenerateError` for a metric without a gradient."""
+    if not metric.is_differentiable:
+        raise DegenerateError(
+            f"metric {metric.name} has no gradient; use logit_diff, prob_diff or nll, or a method that only evaluates (acdc)"
+        )
+
+
+def check_source(source: Source, graph: Graph, d_model: int) -> None:
+    """Raises `CircuitGraphError` for optimal constants that are not there or not of this model."""
+    if source.kind != "optimal":
+        return
+    wanted = (len(graph.writers), d_model)
+    if source.constants is None:
+        raise CircuitGraphError(
+            "source 'optimal' without constants: fit them first (circuitgraph.optimal_source), or let discover and evaluate do it"
+        )
+    if source.constants.shape != wanted:
+        raise CircuitGraphError(
+            f"source 'optimal': constants of shape {source.constants.shape}; this model has {wanted} [writers, d_model]"
         )
 
 
@@ -296,5 +341,5 @@ def no_prompt_to_average(length: int | None) -> TaskError:
 
 def check_reversible(source: Source) -> None:
     """Raises `DegenerateError` where denoising would restore nothing."""
-    if source.kind == "zero":
-        raise DegenerateError("denoising restores clean values, and source 'zero' has none; use source 'corrupted' or a mean")
+    if source.kind in ("zero", "optimal"):
+        raise DegenerateError(f"denoising restores clean values, and source {source.kind!r} has none; use source 'corrupted' or a mean")

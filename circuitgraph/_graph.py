@@ -19,7 +19,7 @@ from circuitgraph._names import Edge, HeadInput, Reader, Writer
 
 if TYPE_CHECKING:
     import networkx as nx
-    from jaxtyping import Bool
+    from jaxtyping import Bool, Float
     from numpy import ndarray
 
 
@@ -103,6 +103,17 @@ class Graph:
     def edges_of(self, mask: Bool[ndarray, "readers writers"]) -> tuple[Edge, ...]:
         """The edges that a mask keeps."""
         return tuple(Edge(self.writers[w], self.readers[r]) for r, w in np.argwhere(np.asarray(mask) & self.visible))
+
+    def largest(self, values: Float[ndarray, "readers writers"], n: int) -> Bool[ndarray, "readers writers"]:
+        """A mask of the `n` edges with the largest values, or of all that have one; a tie goes to the lower id, NaN is no value.
+
+        So that of `n` is always a subset of that of `n + 1`.
+        """
+        found = np.asarray(values, dtype=np.float64)[self.visible]
+        best = np.argsort(-found, kind="stable")[: min(n, len(found) - int(np.isnan(found).sum()))]  # NaN sorts last
+        mask = np.zeros(self.shape, dtype=bool)
+        mask.flat[np.flatnonzero(self.visible)[best]] = True
+        return mask
 
     @property
     def nodes(self) -> tuple[str, ...]:

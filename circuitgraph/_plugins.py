@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from circuitgraph._engine import Algorithm, Backend, TracedModel
 from circuitgraph._errors import CircuitGraphError, unknown_name
+from circuitgraph._settings import parsed
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -42,8 +45,8 @@ def new_algorithm(name: str, **hyper: Any) -> Algorithm:
     for key in hyper:
         if key not in known:
             raise unknown_name(f"hyper-parameter of {name}", key, known)
-    if missing := [key for key, parameter in inspect.signature(cls).parameters.items() if _is_required(parameter) and key not in hyper]:
-        raise CircuitGraphError(f"{name} needs {', '.join(missing)}, which has no default; create it in Python")
+    if missing := [key for key in required(name) if key not in hyper]:
+        raise CircuitGraphError(f"{name} needs {', '.join(missing)}, which has no default; give it in Python, or as --set {missing[0]}=...")
     return cls(**hyper)
 
 
@@ -51,6 +54,27 @@ def hyper_parameters(name: str) -> tuple[str, ...]:
     """What a named algorithm can be told."""
     cls: Any = algorithm_named(name)
     return tuple(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
+
+
+def required(name: str) -> tuple[str, ...]:
+    """What a named algorithm must be told."""
+    return tuple(key for key, parameter in inspect.signature(algorithm_named(name)).parameters.items() if _is_required(parameter))
+
+
+def settings(name: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Hyper-parameters of a named algorithm from texts such as `threshold=0.02`, each as its field's type says."""
+    known, read = hyper_parameters(name), dict[str, Any]()
+    for text in texts:
+        key, sign, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key:
+            raise CircuitGraphError(f"setting {text!r}: expected name=value; {name} has {', '.join(known) or 'no hyper-parameters'}")
+        if key not in known:
+            raise unknown_name(f"hyper-parameter of {name}", key, known)
+        if key in read:
+            raise CircuitGraphError(f"setting {text!r}: {key} was given already; give it once")
+        read[key] = parsed(f"{name}: {key}", value.strip(), _type_of(algorithm_named(name), key))
+    return read
 
 
 def traced(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel:
@@ -68,6 +92,16 @@ def traced(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel
             if option not in known and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
                 raise unknown_name(f"option of backend {backend}", option, [name for name in known if name != "model"])
         return module.trace(model, **options)
+
+
+def _type_of(cls: Any, key: str) -> Any:
+    """The type of one field; of a class whose annotations name what is imported for type checkers only, the others are left alone."""
+    annotation = next(field.type for field in dataclasses.fields(cls) if field.name == key)
+    owner = next(c for c in cls.__mro__ if key in inspect.get_annotations(c))
+    try:
+        return get_type_hints(SimpleNamespace(__annotations__={key: annotation}), vars(sys.modules[owner.__module__]))[key]
+    except NameError:
+        return Any
 
 
 def _is_required(parameter: Parameter) -> bool:

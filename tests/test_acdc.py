@@ -283,3 +283,18 @@ def test_bad_settings_are_named() -> None:
     ):
         with pytest.raises(CircuitGraphError, match=message):
             ACDC(**options)
+
+
+def test_a_shuffled_order_is_another_permutation_of_the_same_questions() -> None:
+    engine = ReferenceModel.random(3, n_heads=4, n_layers=2).bind(random_pairs(1), "kl")
+    plain = ACDC(1e-9, group_first=False).run(engine).record["order"]
+    seen = set()
+    for seed in (0, 1, 2):
+        order = ACDC(1e-9, group_first=False, order_seed=seed).run(engine).record["order"]
+        assert sorted(order["writers"]) == sorted(plain["writers"])
+        assert [name.split(".")[0] for name in order["writers"]] == [name.split(".")[0] for name in plain["writers"]]
+        assert [name for name in order["readers"] if "." not in name] == [name for name in plain["readers"] if "." not in name]
+        seen.add((*order["writers"], *order["readers"]))
+    assert len(seen) > 1
+    with pytest.raises(CircuitGraphError, match="order_seed"):
+        ACDC(0.1, order_seed=-1)

@@ -46,9 +46,9 @@ def circuits(draw: st.DrawFn, graph: Graph | None = None, *, uniform: bool = Fal
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mask = random.random(graph.shape) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     provenance = {"task": {"name": "ioi"}, "seed": draw(st.integers(-3, 3)), "text": draw(st.text(max_size=5))}
-    return Circuit(
-        graph, mask, _scores(draw, graph), provenance, {"margins": [0.1, draw(st.floats(allow_nan=False, allow_infinity=False))]}
-    )
+    record = {"margins": [0.1, draw(st.floats(allow_nan=False, allow_infinity=False))]}
+    confidence = random.integers(0, 11, graph.shape) / 10 if draw(st.booleans()) else None
+    return Circuit(graph, mask, _scores(draw, graph), provenance, record, confidence)
 
 
 def _example(**kwargs: Any) -> Circuit:

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from circuitgraph import ACDC, Circuit, CircuitGraphError, _discover, _plugins, cli
 from circuitgraph.evaluation._question import Question
+from circuitgraph.files import save_mib
+from circuitgraph.selection import default_size
 
 Run = Callable[..., Result]
 MODEL = "<the model>"  # stands for a folder that every backend can load
@@ -70,6 +72,50 @@ def test_discover_writes_and_reports(run: Run, tmp_path: Path, folder: str, back
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "selector"),
+    [
+        (("activation-patching", "--select", "greedy"), {"class": "Greedy"}),
+        (
+            ("activation-patching", "--select", "integer-program", "--top", "9"),
+            {"class": "IntegerProgram", "time_limit": 300.0, "gap": 0.0},
+        ),
+        (("information-flow", "--select", "sign-consistent", "--top", "9"), {"class": "SignConsistent"}),
+        (("activation-patching", "--faithfulness", "0.5"), {"class": "TopN"}),
+        (("activation-patching", "--faithfulness", "0.5", "--select", "signed-top"), {"class": "SignedTopN"}),
+    ],
+)
+def test_how_to_choose(run: Run, algorithm: tuple[str, ...], selector: dict[str, Any]) -> None:
+    result = run(*DISCOVER, "-o", "out", "--json", "--algorithm", *algorithm)
+    assert result.exit_code == 0, result.output
+    found, circuit = json.loads(result.stdout), Circuit.load("out/circuit.json")
+    how = found["algorithm"]
+    assert how["class"] == "Selected"
+    assert how["selector"].items() >= selector.items()
+    chosen = circuit.record["selection"]
+    assert found["edges_kept"] == chosen["edges"] <= chosen["size"]
+    if "--faithfulness" in algorithm:
+        assert found["faithfulness"] == pytest.approx(chosen["faithfulness"], abs=1e-6)
+        assert found["faithfulness"] >= 0.5
+    else:
+        assert how["size"] == chosen["size"] == (9 if "--top" in algorithm else default_size(found["edges_total"]))
+
+
+def test_hyper_parameters_are_set_by_name(run: Run) -> None:
+    result = run(*DISCOVER, "-o", "out", "--json", "-a", "activation-patching", "--set", "level=node", "--set", "max-lanes=3")
+    assert result.exit_code == 0, result.output
+    how = json.loads(result.stdout)["algorithm"]
+    assert how == {"class": "ActivationPatching", "level": "node", "direction": "noising", "max_lanes": 3}
+    decided = run(*DISCOVER, "-o", "decided", "--json", "-a", "acdc", "--set", "threshold=0.001", "--set", "group_first=no")
+    assert json.loads(decided.stdout)["algorithm"]["group_first"] is False
+    assert json.loads(decided.stdout)["derived"] is None
+
+
+def test_every_algorithm_is_in_the_help(run: Run) -> None:
+    text = run("discover", "--help").output
+    assert all(name in text for name in ("acdc", "eap-ig", "information-flow", "integer-program"))
+
+
 @every_backend
 def test_what_discover_found_can_be_shown_and_evaluated(run: Run, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*discover_with(backend), "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
@@ -98,6 +144,36 @@ def test_what_discover_found_can_be_shown_and_evaluated(run: Run, backend: str, 
     for result in elsewhere:
         assert json.loads(result.stdout)["faithfulness"] == pytest.approx(circuit.provenance["faithfulness"], abs=1e-4)
         assert "the weights" not in result.stderr
+
+
+def test_deeper_measures_are_printed_saved_and_drawn(run: Run, tmp_path: Path) -> None:
+    assert run(*DISCOVER, "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
+    circuit = Circuit.load("out/circuit.json")
+    save_mib(circuit, "reference.json")
+    asked = ("--measure", "minimality", "--plot", "curve.svg", "--output", "report.json", "--reference", "reference.json", "--mib-compat")
+    result = run("evaluate", "out", *asked)
+    assert result.exit_code == 0, result.output
+    for text in ("minimality, ", "CPR, linear axis, as MIB", "CMD, linear axis", "edges against the", "wrote report.json, curve.svg"):
+        assert text in result.stdout
+    saved = json.loads(Path("report.json").read_text())
+    assert list(saved["findings"]) == ["minimality", "curve", "reference"]
+    assert saved["findings"]["reference"]["edges"]["precision"] == 1.0
+    assert saved["protocol"] == circuit.provenance["protocol"]
+    assert saved["complement"] == pytest.approx(circuit.provenance["complement"])
+    assert Path("curve.svg").read_text().rstrip().endswith("</svg>")
+    before = {path.name for path in tmp_path.iterdir()}
+    for options, message in (
+        (("--measure", "minimallity"), "unknown measure 'minimallity'; did you mean 'minimality'?"),
+        (("--measure", "tests"), "kl of the model itself is the same for every prompt"),
+        (("--plot", "curve.jpg"), "ends in one of .svg, .pdf, .png"),
+        (("--mib-compat",), "add one of them"),
+        (("--reference", "missing.json"), "missing.json"),
+        (("--output", "nowhere/report.json"), "there is no folder nowhere"),
+    ):
+        refused = run("evaluate", "out", *options)
+        assert refused.exit_code == 2, options
+        assert message in refused.stderr.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_model_that_fails_the_task_is_reported_on_stderr(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +230,24 @@ REFUSED = [
     ((*DISCOVER, "-a", "acdc", "--top", "5"), "takes --threshold and no --top"),
     ((*DISCOVER, "-a", "activation-patching", "--top", "5", "--threshold", "1"), "exclude each other"),
     ((*DISCOVER, "-a", "eap"), "zero gradient at the clean run"),
+    ((*DISCOVER, "-a", "acdc", "--select", "greedy", "--faithfulness", "1"), "takes --threshold and no --select or --faithfulness"),
+    ((*DISCOVER, "-a", "acdc", "--threshold", "1", "--set", "threshold=1"), "are one setting of acdc"),
+    ((*DISCOVER, "-a", "eap", "--top", "5", "--faithfulness", "0.9"), "--top and --faithfulness exclude each other"),
+    ((*DISCOVER, "-a", "eap", "--threshold", "1", "--select", "greedy"), "--threshold and --select exclude each other"),
+    ((*DISCOVER, "-a", "eap", "--select", "gredy"), "unknown selector 'gredy'; did you mean 'greedy'"),
+    ((*DISCOVER, "-a", "eap", "--faithfulness", "-1"), "faithfulness is -1.0; expected a number above 0"),
+    ((*DISCOVER, "-a", "activation-patching", "--faithfulness", "99"), "no size reaches a faithfulness of 99"),
+    ((*DISCOVER, "-a", "activation-patching", "--select", "sign-consistent"), "no scores of single prompts"),
+    ((*DISCOVER, "-a", "activation-patching", "--select", "greedy", "--top", "9999"), "the graph has"),
+    ((*DISCOVER, "-a", "activation-patching", "--set", "levl=node"), "unknown hyper-parameter of activation-patching 'levl'"),
+    (
+        (*DISCOVER, "-a", "activation-patching", "--set", "level=nodes"),
+        "unknown value of activation-patching: level 'nodes'; did you mean 'node'",
+    ),
+    ((*DISCOVER, "-a", "activation-patching", "--set", "max_lanes=many"), "max_lanes is 'many'; expected a whole number"),
+    ((*DISCOVER, "-a", "activation-patching", "--set", "max_lanes=0"), "max_lanes: 0; expected a whole number of at least 1"),
+    ((*DISCOVER, "-a", "activation-patching", "--set", "level"), "setting 'level': expected name=value; activation-patching has level"),
+    ((*DISCOVER, "-a", "acdc", "--set", "threshold=1", "--set", "threshold=2"), "threshold was given already"),
     ((*DISCOVER, "-a", "acdc", "--threshold", "-1"), "expected a number of at least 0"),
     ((*DISCOVER, "-a", "activation-patching", "--top", "999999"), "scored edges"),
     (("discover", "induction", "-m", MODEL, "--metric", "logitdif"), "did you mean 'logit_diff'"),

@@ -104,11 +104,11 @@ def test_report_of_everything_and_of_nothing(traced: TracedModel) -> None:
     graph, pairs = traced.graph, solved(traced)
     everything = cg.evaluate(traced, pairs, cg.Circuit(graph, graph.visible))
     assert everything.faithfulness == pytest.approx(1.0)
-    assert everything.completeness == pytest.approx(0.0)
+    assert everything.complement == pytest.approx(0.0)
     assert everything.metric_circuit == pytest.approx(everything.metric_clean)
     nothing = cg.evaluate(traced, pairs, cg.Circuit(graph, np.zeros(graph.shape, dtype=bool)))
     assert nothing.faithfulness == pytest.approx(0.0)
-    assert nothing.completeness == pytest.approx(1.0)
+    assert nothing.complement == pytest.approx(1.0)
 
 
 def test_faithfulness_is_the_ratio_of_means(traced: TracedModel) -> None:

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from circuitgraph._engine import Rule
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import Devices
+from circuitgraph_jax._rules import Way
+from circuitgraph_jax._spans import Spans
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -126,54 +129,79 @@ class Batch:
         self._differences = self._unmixed = None
         self.__dict__.pop("live", None)
 
-    def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        parts = self._parts
-        starts = parts.sites.first_difference(masks)
+    def evaluate(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=3))
         order = np.argsort(starts, kind="stable")
         out = np.empty((len(masks), len(self)))
-        for chosen in self._shares(order):
+        for lot in self._lots(len(masks), self._devices.n_lanes):
+            chosen = order[lot]
             start = jnp.asarray(starts[chosen[0]], jnp.int32)
             short = -len(chosen) % self._devices.n_lanes
             lanes = self._devices.by_lane(masks[np.append(chosen, chosen[:1].repeat(short))])
-            values = queries.evaluate(
-                self.decoder, self._metric, lanes, start, self.live.streams, self._live_differences(source), source.whole, self._question
-            )
+            run = (self.live.streams, self._live_differences(source), source.whole)
+            values = queries.evaluate(self.decoder, self._metric, lanes, start, *run, self._question, self._spans(masks[0]))
             out[chosen] = np.asarray(values)[: len(chosen), : len(self)]
         return out
 
-    def _shares(self, order: Int[ndarray, " lanes"]) -> Iterator[Int[ndarray, " chosen"]]:
-        """Lanes by 1, 4, 16, ... times the devices for lanes, as memory allows: few shapes to compile for, and no lane twice."""
-        per_lane = len(self._parts.sites.graph.writers) * self.live_ids.size * self._parts.d_model * self._parts.dtype.itemsize
+    def _lots(self, n: int, smallest: int = 1) -> Iterator[slice]:
+        """Runs by 1, 4, 16, ... times the smallest number, as memory allows: few shapes to compile for, and no run twice."""
+        per_run = len(self._parts.sites.graph.writers) * self.live_ids.size * self._parts.d_model * self._parts.dtype.itemsize
         at = 0
-        while at < len(order):
-            size = n = self._devices.n_lanes
-            while 4 * size <= len(order) - at and 4 * size * per_lane <= n * _LANES_BYTES:
+        while at < n:
+            size = smallest
+            while 4 * size <= n - at and 4 * size * per_run <= smallest * _LANES_BYTES:
                 size *= 4
-            yield order[at : at + size]
+            yield slice(at, at + size)
             at += size
 
-    def gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mix: float) -> Float[ndarray, "prompts readers writers"]:
+    def gradient(
+        self, mask: Float[ndarray, "readers writers ..."], source: SourceRun, mixes: Float[ndarray, " mixes"], rule: Rule
+    ) -> Float[ndarray, "prompts readers writers ..."]:
+        """The mean over mixes."""
         is_live = bool(np.all(mask[self._parts.sites.graph.visible] == 1))
-        if is_live and mix == 1.0 and source.tokens is not None and not source.is_known:
-            scores = queries.gradient_beside(self.decoder, self._metric, self._tokens, source.tokens, self._question)
-        else:
-            along = None if mix == 1.0 else self._unmixed_differences(mask, source, is_live=is_live)
-            run = (self.decoder, self._metric, self._tokens, jnp.asarray(mix, self._parts.dtype))
+        is_unmixed = bool(np.all(mixes == 1))
+        model, asked = (self.decoder, self._metric, self._tokens), (self._question, Way.of(rule), self._spans(mask))
+        if is_live and is_unmixed and source.tokens is not None and not source.is_known:
+            return self._rows(queries.gradient_beside(*model, source.tokens, *asked))
+        mixes = mixes[:1] if is_unmixed else mixes
+        along = None if is_unmixed else self._unmixed_differences(mask, source, is_live=is_live)
+        total = np.zeros((len(self), *mask.shape))
+        for lot in self._lots(len(mixes)):
+            some = jnp.asarray(mixes[lot], self._parts.dtype)
             if is_live:
-                scores = queries.live_gradient(*run, source.values, along, self._question)
+                total += self._rows(queries.live_gradient(*model, some, source.values, along, *asked))
             else:
-                scores = queries.masked_gradient(*run, jnp.asarray(mask), source.whole, along, self._question)
-        return np.asarray(scores, dtype=np.float64)[: len(self)]
+                total += self._rows(queries.masked_gradient(*model, some, jnp.asarray(mask), source.whole, along, *asked))
+        return total / len(mixes)
 
-    def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Array:
+    def source_gradient(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> Float[ndarray, "prompts writers d_model"]:
+        model, asked = (self.decoder, self._metric, self._tokens), (self._question, self._spans(mask))
+        return self._rows(queries.source_gradient(*model, jnp.asarray(mask), source.whole, *asked))
+
+    def values(self, mask: Float[ndarray, "readers writers ..."] | None, source: SourceRun) -> Array:
         """What every writer says under a mask, `[prompts, writers, position, d_model]`."""
-        if mask is None:
-            return self.live.values
-        return queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole) + source.values
+        return self.live.values if mask is None else self._bank(mask, source) + source.values
 
-    def logits(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts position vocabulary"]:
+    def logits(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> Float[ndarray, "prompts position vocabulary"]:
         """All logits of a run under a mask."""
-        return np.asarray(queries.masked_logits(self.decoder, jnp.asarray(mask), self._tokens, source.whole))[: len(self)]
+        run = (jnp.asarray(mask), self._tokens, source.whole, self._spans(mask))
+        return np.asarray(queries.masked_logits(self.decoder, *run))[: len(self)]
+
+    def _rows(self, values: Array) -> Float[ndarray, "prompts ..."]:
+        """Those of the batch."""
+        return np.asarray(values, dtype=np.float64)[: len(self)]
+
+    def _bank(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> Array:
+        bank: Array = queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole, self._spans(mask))
+        return bank
+
+    def _spans(self, mask: Float[ndarray, "readers writers ..."]) -> Spans | None:
+        """Which span each position is in, for a mask that asks."""
+        return None if mask.ndim == 2 else Spans(self._span_of_positions, mask.shape[-1])
+
+    @cached_property
+    def _span_of_positions(self) -> Int[Array, "prompts position"]:
+        return self.by_prompt(self._bucket.spans.astype(np.int32))
 
     @cached_property
     def _tokens(self) -> Int[Array, "prompts position"]:
@@ -184,12 +212,11 @@ class Batch:
             self._differences = (source, queries.differences(self.live.values, source.values))
         return self._differences[1]
 
-    def _unmixed_differences(self, mask: Float[ndarray, "readers writers"], source: SourceRun, *, is_live: bool) -> Array:
+    def _unmixed_differences(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun, *, is_live: bool) -> Array:
         if is_live:
             return self._live_differences(source)
         if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != mask.tobytes():
-            bank = queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole)
-            self._unmixed = (source, mask.tobytes(), bank)
+            self._unmixed = (source, mask.tobytes(), self._bank(mask, source))
         return self._unmixed[2]
 
     @cached_property

@@ -87,6 +87,11 @@ class Place:
         return cls(*starts, int(jax.tree.leaves(stack)[0].shape[0]), stack.n_readers, stack.n_writers)
 
     @property
+    def layers(self) -> Int[Array, " layers"]:
+        """Their numbers."""
+        return self.layer + jnp.arange(self.n_layers)
+
+    @property
     def first_writers(self) -> Int[Array, " layers"]:
         """The first writer of each layer."""
         return self.writer + jnp.arange(self.n_layers) * self.n_writers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from circuitgraph._engine import (
+    EXACT,
+    Rule,
+    WriterValues,
+    check_differentiable,
+    check_gradient,
+    check_reversible,
+    check_source,
+    check_source_values,
+    checked_mask,
+    no_prompt_to_average,
+)
 from circuitgraph._engine import Source as SourceChoice
-from circuitgraph._engine import WriterValues, check_gradient, check_reversible, check_source_values, checked_mask, no_prompt_to_average
 from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers
@@ -48,6 +59,7 @@ class JaxEngine:
 
     def __init__(self, parts: Parts, pairs: PromptPairs, metric: Metric, source: SourceChoice, *, is_reversed: bool = False) -> None:
         check_answers(metric, pairs.wrong_answers)
+        check_source(source, parts.sites.graph, parts.d_model)
         for asked in (pairs, source.data):
             if asked is not None:
                 check_vocabulary(asked, parts.decoder.embedding.shape[0])
@@ -74,6 +86,10 @@ class JaxEngine:
     @property
     def n_prompts(self) -> int:
         return len(self._pairs)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return self._pairs.span_names
 
     def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> JaxWriterValues:
         checked = None if mask is None else self._masks(mask)
@@ -106,14 +122,31 @@ class JaxEngine:
         return out
 
     def gradient(
-        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
+        self,
+        mask: Float[ndarray, "readers writers"],
+        *,
+        source: WriterValues | None = None,
+        mix: float | Sequence[float] = 1.0,
+        rule: Rule = EXACT,
     ) -> Float[ndarray, "prompts readers writers"]:
-        checked = self._masks(mask)
-        check_gradient(self._metric, checked, self.graph, mix)
-        out = np.empty((self.n_prompts, *self.graph.shape))
+        checked, mixes = self._masks(mask), np.atleast_1d(np.asarray(mix, dtype=float))
+        check_gradient(self._metric, checked, self.graph, mix, rule)
+        out = np.empty((self.n_prompts, *checked.shape))
         with precisely(self._parts.dtype):
             for number, batch in enumerate(self.batches):
-                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
+                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
+                self._done(number)
+        return out
+
+    def source_gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "prompts writers d_model"]:
+        checked = self._masks(mask)
+        check_differentiable(self._metric)
+        out = np.empty((self.n_prompts, len(self.graph.writers), self._parts.d_model))
+        with precisely(self._parts.dtype):
+            for number, batch in enumerate(self.batches):
+                out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)
         return out
 
@@ -129,7 +162,7 @@ class JaxEngine:
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
     def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
-        return checked_mask(masks, (*lanes, *self.graph.shape)).astype(self._parts.dtype)
+        return checked_mask(masks, (*lanes, *self.graph.shape), self.spans).astype(self._parts.dtype)
 
     def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
         batch = self.batches[number]
@@ -153,9 +186,10 @@ class JaxEngine:
     def _own_source(self, batch: Batch) -> SourceRun:
         if self._source.kind == "corrupted":
             return batch.others()
-        if self._source.kind == "zero":
-            nothing = np.zeros((len(batch), len(self.graph.writers), 1, self._parts.d_model), self._parts.dtype)
-            return batch.source_run(batch.by_prompt(nothing))
+        if self._source.kind in ("zero", "optimal"):
+            shape = (len(batch), len(self.graph.writers), 1, self._parts.d_model)
+            constants = np.zeros(shape[1:]) if self._source.constants is None else self._source.constants[:, None]
+            return batch.source_run(batch.by_prompt(np.broadcast_to(constants, shape).astype(self._parts.dtype)))
         mean = self._mean(batch.live_ids.shape[1] if self._source.kind == "mean-per-position" else None)
         return batch.source_run(jnp.broadcast_to(mean, (batch.n_rows, *mean.shape[1:])))
 

@@ -18,6 +18,7 @@ from jax import Array, lax
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._joints import Layer
 from circuitgraph_jax._run import Run, Tape, grown, keep
+from circuitgraph_jax._spans import Spans
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -59,12 +60,14 @@ class Edges(eqx.Module):
 
     @classmethod
     def of(cls, mask: Float[Array, "readers writers"], visible: Bool[Array, "readers writers"]) -> Edges:
-        kept, removed = jnp.where(visible, mask, 0), jnp.where(visible, mask - 1, 0)
-        from_live = jnp.count_nonzero(removed, axis=1) <= jnp.count_nonzero(kept, axis=1)
-        return cls(jnp.where(from_live[:, None], removed, kept), from_live)
+        return cls(*_smaller_form(mask, visible))
 
     def __getitem__(self, readers: slice) -> Edges:
         return Edges(self.coefficients[readers], self.from_live[readers])
+
+    def by_layer(self, n_layers: int, n_writers: int) -> Edges:
+        """With a leading axis of layers, from the first writers only."""
+        return Edges(self.coefficients[:, :n_writers].reshape(n_layers, -1, n_writers), self.from_live.reshape(n_layers, -1))
 
     def read(
         self, stream: Float[Array, "position d_model"], source: Float[Array, "span d_model"], bank: Float[Array, "writers position d_model"]
@@ -73,22 +76,69 @@ class Edges(eqx.Module):
         mixed = self.coefficients @ bank.reshape(len(bank), -1)  # one plain matrix product: einsum would transpose the bank
         return mixed.reshape(-1, *stream.shape) + jnp.where(self.from_live[:, None, None], stream, source)
 
+    def to_stream(self, grads: Float[Array, "readers position d_model"]) -> Float[Array, "readers position d_model"]:
+        """Of the gradients of the readers' inputs, what goes back to the live stream."""
+        return jnp.where(self.from_live[:, None, None], grads, 0)
+
+    def to_bank(self, grads: Float[Array, "readers position d_model"]) -> Float[Array, "writers position d_model"]:
+        """Of the gradients of the readers' inputs, what goes back to each writer's difference."""
+        mixed = self.coefficients.T @ grads.reshape(len(grads), -1)
+        return mixed.reshape(-1, *grads.shape[1:])
+
+
+class SpanEdges(eqx.Module):
+    """`Edges` of a mask with a last axis of spans: those of each position are the ones of its span."""
+
+    coefficients: Float[Array, "readers writers spans"]
+    from_live: Bool[Array, "readers spans"]
+    spans: Spans
+
+    @classmethod
+    def of(cls, mask: Float[Array, "readers writers spans"], visible: Bool[Array, "readers writers"], spans: Spans) -> SpanEdges:
+        return cls(*_smaller_form(mask, visible[..., None]), spans)
+
+    def __getitem__(self, readers: slice) -> SpanEdges:
+        return SpanEdges(self.coefficients[readers], self.from_live[readers], self.spans)
+
+    def by_layer(self, n_layers: int, n_writers: int) -> SpanEdges:
+        coefficients = self.coefficients[:, :n_writers].reshape(n_layers, -1, n_writers, self.spans.n)
+        spans = jax.tree.map(lambda a: jnp.broadcast_to(a, (n_layers, *a.shape)), self.spans)
+        return SpanEdges(coefficients, self.from_live.reshape(n_layers, -1, self.spans.n), spans)
+
+    def read(
+        self, stream: Float[Array, "position d_model"], source: Float[Array, "span d_model"], bank: Float[Array, "writers position d_model"]
+    ) -> Float[Array, "readers position d_model"]:
+        mixed = jnp.einsum("rwp,wpd->rpd", self.spans.at_positions(self.coefficients), bank)
+        return mixed + jnp.where(self.spans.at_positions(self.from_live)[..., None], stream, source)
+
+    def to_stream(self, grads: Float[Array, "readers position d_model"]) -> Float[Array, "readers position d_model"]:
+        return jnp.where(self.spans.at_positions(self.from_live)[..., None], grads, 0)
+
+    def to_bank(self, grads: Float[Array, "readers position d_model"]) -> Float[Array, "writers position d_model"]:
+        return jnp.einsum("rwp,rpd->wpd", self.spans.at_positions(self.coefficients), grads)
+
+
+def _smaller_form(mask: Float[Array, "readers writers ..."], visible: Bool[Array, "readers writers ..."]) -> tuple[Array, Array]:
+    """Of the two forms of a read, the one with fewer non-zero coefficients, and whether it is the one from the live stream."""
+    kept, removed = jnp.where(visible, mask, 0), jnp.where(visible, mask - 1, 0)
+    from_live = jnp.count_nonzero(removed, axis=1) <= jnp.count_nonzero(kept, axis=1)
+    return jnp.where(from_live[:, None], removed, kept), from_live
+
 
 class Masking(eqx.Module):
     """All edges under a mask, with the source streams that readers fall back to."""
 
-    edges: Edges
+    edges: Edges | SpanEdges
     streams: SourceStreams
 
     def steps(self, decoder: Decoder, number: int) -> LayerMasking:
         """Of a stack, with a leading axis of layers; its edges come from the writers up to the stack's end."""
         place = decoder.places[number]
-        part, shape = self.edges[place.reader : place.end_reader], (place.n_layers, place.n_readers)
-        rows = Edges(part.coefficients[:, : place.end_writer].reshape(*shape, -1), part.from_live.reshape(shape))
+        rows = self.edges[place.reader : place.end_reader].by_layer(place.n_layers, place.end_writer)
         return LayerMasking(rows, self.streams.before_attention[number], self.streams.before_mlp[number])
 
     @property
-    def end(self) -> Edges:
+    def end(self) -> Edges | SpanEdges:
         """The logits' row."""
         return self.edges[-1:]
 
@@ -100,7 +150,7 @@ class Masking(eqx.Module):
 class LayerMasking(eqx.Module):
     """The edges into one layer."""
 
-    edges: Edges
+    edges: Edges | SpanEdges
     before_attention: Float[Array, "span d_model"]
     before_mlp: Float[Array, "span d_model"]
 
@@ -110,10 +160,10 @@ class LayerMasking(eqx.Module):
     def read_mlp(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "position d_model"]:
         return self.of_mlp(layer).read(stream, self.before_mlp, bank)[0]
 
-    def of_attention(self, layer: Layer) -> Edges:
+    def of_attention(self, layer: Layer) -> Edges | SpanEdges:
         return self.edges[: layer.n_attention_readers]
 
-    def of_mlp(self, layer: Layer) -> Edges:
+    def of_mlp(self, layer: Layer) -> Edges | SpanEdges:
         return self.edges[layer.n_attention_readers :]
 
 

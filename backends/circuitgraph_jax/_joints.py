@@ -34,25 +34,36 @@ class Norm(eqx.Module):
     axes: tuple[int, ...] = eqx.field(static=True, default=(-1,))
 
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
-        return self._finish(self._centred(x) * self._scale(x), x)
+        return self.scaled(x, self.scale(x))
 
     def split(
         self, parts: Float[Array, "heads position d_model"], total: Float[Array, "position d_model"]
     ) -> Float[Array, "heads position d_model"]:
         """The norm of `total`, shared out to the parts that add up to it: all get the scale of the total, none the bias."""
-        y = self._centred(parts) * self._scale(total)
-        return (y if self.gain is None else y * self.gain).astype(parts.dtype)
+        return self.scaled_parts(parts, self.scale(total))
+
+    def scale(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        """What `x` is multiplied by, once it is centred."""
+        return jax.lax.rsqrt(jnp.square(self._centred(x)).mean(self.axes, keepdims=True) + self.eps)
+
+    def scaled(self, x: Float[Array, ...], scale: Float[Array, ...]) -> Float[Array, ...]:
+        """The norm of `x`, given its scale."""
+        y = self._gained(x, scale)
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+    def scaled_parts(
+        self, parts: Float[Array, "heads position d_model"], scale: Float[Array, ...]
+    ) -> Float[Array, "heads position d_model"]:
+        """`split`, given the scale of the total."""
+        return self._gained(parts, scale).astype(parts.dtype)
 
     def _centred(self, x: Float[Array, ...]) -> Float[Array, ...]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return wide - wide.mean(self.axes, keepdims=True) if self.is_centred else wide
 
-    def _scale(self, x: Float[Array, ...]) -> Float[Array, ...]:
-        return jax.lax.rsqrt(jnp.square(self._centred(x)).mean(self.axes, keepdims=True) + self.eps)
-
-    def _finish(self, y: Float[Array, ...], x: Float[Array, ...]) -> Float[Array, ...]:
-        y = y if self.gain is None else y * self.gain
-        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+    def _gained(self, x: Float[Array, ...], scale: Float[Array, ...]) -> Float[Array, ...]:
+        y = self._centred(x) * scale
+        return y if self.gain is None else y * self.gain
 
 
 class Rotation(eqx.Module):
@@ -102,8 +113,18 @@ class Attention(eqx.Module):
         return self.n_groups * self.members
 
     @property
+    def n_askers(self) -> int:
+        """How many of the readers make patterns: those of queries and keys, which come first."""
+        return self.n_heads + self.n_groups * self.kv_readers
+
+    @property
     def n_readers(self) -> int:
-        return self.n_heads + 2 * self.n_groups * self.kv_readers
+        return self.n_askers + self.n_groups * self.kv_readers
+
+    @property
+    def couples_heads(self) -> bool:
+        """Whether a norm runs over the queries or keys of all heads."""
+        return any(norm is not None and len(norm.axes) > 1 for norm in (self.q_norm, self.k_norm))
 
     def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
         """The module as its model has it: what all heads and the output bias add to the stream."""
@@ -120,10 +141,10 @@ class Attention(eqx.Module):
 
     def mix(self, projected: Float[Array, "readers position head_dim"]) -> Float[Array, "heads position head_dim"]:
         """The heads' mixed values."""
-        length, n_kv = projected.shape[1], self.n_groups * self.kv_readers
+        length = projected.shape[1]
         q = projected[: self.n_heads].reshape(self.n_groups, self.members, length, -1)
-        k = projected[self.n_heads : self.n_heads + n_kv].reshape(self.n_groups, self.kv_readers, length, -1)
-        v = projected[self.n_heads + n_kv :].reshape(self.n_groups, self.kv_readers, length, -1)
+        k = projected[self.n_heads : self.n_askers].reshape(self.n_groups, self.kv_readers, length, -1)
+        v = projected[self.n_askers :].reshape(self.n_groups, self.kv_readers, length, -1)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rotation is not None:
@@ -185,7 +206,10 @@ class MLP(eqx.Module):
     def contract(self, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position d_model"]:
         """From there to what the MLP adds to the stream."""
         act = ACTIVATIONS[self.activation]
-        inner = act(hidden[0]) if len(hidden) == 1 else act(hidden[1]) * hidden[0]
+        return self.finish(act(hidden[0]) if len(hidden) == 1 else act(hidden[1]) * hidden[0])
+
+    def finish(self, inner: Float[Array, "position width"]) -> Float[Array, "position d_model"]:
+        """The second half of `contract`, behind the non-linearity."""
         y = _affine(inner, self.down, self.down_bias)
         return (y if self.post_norm is None else self.post_norm(y)) * self.scale
 

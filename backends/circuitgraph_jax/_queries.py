@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from circuitgraph._engine import EXACT
 from circuitgraph._metrics import Metric, Target, log_softmax
-from circuitgraph_jax._backward import LiveRun, MaskedRun, RunBeside, end_of_run
+from circuitgraph_jax._backward import LiveRun, MaskedRun, RunBeside
+from circuitgraph_jax._collect import edge_scores, source_gradients
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import Edges, Masking, SourceStreams, forward, forward_from
+from circuitgraph_jax._forward import Edges, Masking, SourceStreams, SpanEdges, forward, forward_from
 from circuitgraph_jax._live import live_run
+from circuitgraph_jax._rules import Way
+from circuitgraph_jax._run import Run
+from circuitgraph_jax._spans import Spans
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -94,38 +100,47 @@ def differences(
 
 @eqx.filter_jit
 def masked_bank(
-    decoder: Decoder, mask: Float[Array, "readers writers"], tokens: Int[Array, "prompts position"], source: Source
+    decoder: Decoder,
+    mask: Float[Array, "readers writers ..."],
+    tokens: Int[Array, "prompts position"],
+    source: Source,
+    spans: Spans | None = None,
 ) -> Float[Array, "prompts writers position d_model"]:
     """Every writer's difference `live - source` in the run under a mask."""
 
     def one(ids: Array, said: Array, masking: Masking) -> Array:
         return forward(decoder, decoder.embed(ids), said, masking).bank
 
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source))
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans))
 
 
 @eqx.filter_jit
 def masked_logits(
-    decoder: Decoder, mask: Float[Array, "readers writers"], tokens: Int[Array, "prompts position"], source: Source
+    decoder: Decoder,
+    mask: Float[Array, "readers writers ..."],
+    tokens: Int[Array, "prompts position"],
+    source: Source,
+    spans: Spans | None = None,
 ) -> Float[Array, "prompts position vocabulary"]:
     """All logits of the run under a mask."""
 
     def one(ids: Array, said: Array, masking: Masking) -> Array:
         return decoder.logits(forward(decoder, decoder.embed(ids), said, masking).end)
 
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source))
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans))
 
 
 @eqx.filter_jit
 def evaluate(
     decoder: Decoder,
     metric: Metric,
-    masks: Float[Array, "lanes readers writers"],
+    masks: Float[Array, "lanes readers writers ..."],
     start: Int[Array, ""],
     streams: Float[Array, "prompts ends position d_model"],
     differences: Float[Array, "prompts writers position d_model"],
     source: Source,
     question: Question,
+    spans: Spans | None = None,
 ) -> Float[Array, "lanes prompts"]:
     """`F` of masks that differ from 1 in layer `start` or later only. `streams` and `differences` are those of the model's own run."""
 
@@ -134,7 +149,7 @@ def evaluate(
         return question.measure(decoder, metric, end[-1])
 
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_masking(decoder, mask, source), streams, differences, source.values, question)
+        return jax.vmap(one)(_masking(decoder, mask, source, spans), streams, differences, source.values, question)
 
     return jax.vmap(lane)(masks)
 
@@ -144,19 +159,27 @@ def masked_gradient(
     decoder: Decoder,
     metric: Metric,
     tokens: Int[Array, "prompts position"],
-    mix: Float[Array, ""],
-    mask: Float[Array, "readers writers"],
+    mixes: Float[Array, " mixes"],
+    mask: Float[Array, "readers writers ..."],
     source: Source,
     directions: Float[Array, "prompts writers position d_model"] | None,
     question: Question,
-) -> Float[Array, "prompts readers writers"]:
-    """`dF/dm` per prompt under a mask, the embedding being `source + mix * (clean - source)`; `directions` as in `end_of_run`."""
+    way: Way,
+    spans: Spans | None = None,
+) -> Float[Array, "prompts readers writers ..."]:
+    """`dF/dm` per prompt under a mask, summed over runs whose embedding is `source + mix * (clean - source)`.
 
-    def one(ids: Array, said: Array, masking: Masking, directions: Array | None, question: Question) -> Array:
+    `directions` are the writers' differences if not those of the run itself.
+    """
+    maskings = _masking(decoder, mask, source, spans)
+
+    def one(
+        mix: Array, ids: Array, said: Array, masking: Masking, directions: Array | None, question: Question, spans: Spans | None
+    ) -> Array:
         planned = MaskedRun(_mixed(decoder, ids, said, mix), said, masking)
-        return _scores(decoder, metric, planned, directions, question)
+        return _scores(decoder, metric, planned, directions, question, way, spans)
 
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source), directions, question)
+    return _over_mixes(one, mixes, tokens, source.values, maskings, directions, question, spans)
 
 
 @eqx.filter_jit
@@ -164,48 +187,95 @@ def live_gradient(
     decoder: Decoder,
     metric: Metric,
     tokens: Int[Array, "prompts position"],
-    mix: Float[Array, ""],
+    mixes: Float[Array, " mixes"],
     source: Float[Array, "prompts writers span d_model"],
     directions: Float[Array, "prompts writers position d_model"] | None,
     question: Question,
-) -> Float[Array, "prompts readers writers"]:
-    """`dF/dm` per prompt at `m = 1`, the embedding being `source + mix * (clean - source)`; `directions` as in `end_of_run`."""
+    way: Way,
+    spans: Spans | None = None,
+) -> Float[Array, "prompts readers writers ..."]:
+    """`masked_gradient` at `m = 1`."""
 
-    def one(ids: Array, said: Array, directions: Array | None, question: Question) -> Array:
-        return _scores(decoder, metric, LiveRun(_mixed(decoder, ids, said, mix), said), directions, question)
+    def one(mix: Array, ids: Array, said: Array, directions: Array | None, question: Question, spans: Spans | None) -> Array:
+        planned = LiveRun(_mixed(decoder, ids, said, mix), said)
+        return _scores(decoder, metric, planned, directions, question, way, spans)
 
-    return jax.vmap(one)(tokens, source, directions, question)
+    return _over_mixes(one, mixes, tokens, source, directions, question, spans)
 
 
 @eqx.filter_jit
 def gradient_beside(
-    decoder: Decoder, metric: Metric, tokens: Int[Array, "prompts position"], others: Int[Array, "prompts position"], question: Question
-) -> Float[Array, "prompts readers writers"]:
+    decoder: Decoder,
+    metric: Metric,
+    tokens: Int[Array, "prompts position"],
+    others: Int[Array, "prompts position"],
+    question: Question,
+    way: Way,
+    spans: Spans | None = None,
+) -> Float[Array, "prompts readers writers ..."]:
     """`dF/dm` per prompt at `m = 1`, the source being the model's own run on other prompts, which is made on the way."""
 
-    def one(ids: Array, other: Array, question: Question) -> Array:
-        return _scores(decoder, metric, RunBeside(decoder.embed(ids), decoder.embed(other)), None, question)
+    def one(ids: Array, other: Array, question: Question, spans: Spans | None) -> Array:
+        return _scores(decoder, metric, RunBeside(decoder.embed(ids), decoder.embed(other)), None, question, way, spans)
 
-    return jax.vmap(one)(tokens, others, question)
+    return jax.vmap(one)(tokens, others, question, spans)
+
+
+@eqx.filter_jit
+def source_gradient(
+    decoder: Decoder,
+    metric: Metric,
+    tokens: Int[Array, "prompts position"],
+    mask: Float[Array, "readers writers ..."],
+    source: Source,
+    question: Question,
+    spans: Spans | None = None,
+) -> Float[Array, "prompts writers d_model"]:
+    """The gradient of `F` per prompt in what each writer says in the source run, the same at every position."""
+
+    def one(ids: Array, said: Array, masking: Masking, question: Question, spans: Spans | None) -> Array:
+        run = forward(decoder, decoder.embed(ids), said, masking)
+        grad_end = _grad_end(decoder, metric, run, question)
+        return source_gradients(decoder, run, masking, Way.of(EXACT), grad_end, mask, spans)
+
+    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans), question, spans)
 
 
 def _scores(
-    decoder: Decoder, metric: Metric, planned: MaskedRun | LiveRun | RunBeside, directions: Array | None, question: Question
-) -> Float[Array, "readers writers"]:
-    def measured(nudges: Array) -> Array:
-        return question.measure(decoder, metric, end_of_run(nudges, decoder, planned, directions)[-1])
+    decoder: Decoder,
+    metric: Metric,
+    planned: MaskedRun | LiveRun | RunBeside,
+    directions: Array | None,
+    question: Question,
+    way: Way,
+    spans: Spans | None = None,
+) -> Float[Array, "readers writers ..."]:
+    run, by_rule = planned.forward(decoder), way.decoder(decoder)
+    grad_end = _grad_end(by_rule, metric, run, question)
+    return edge_scores(by_rule, run, planned.masking, way, grad_end, run.bank if directions is None else directions, spans)
 
-    value, pull = jax.vjp(measured, jnp.zeros(decoder.visible.shape, planned.embedding.dtype))
-    scores: Array = pull(jnp.ones_like(value))[0]
-    return scores
+
+def _grad_end(decoder: Decoder, metric: Metric, run: Run, question: Question) -> Float[Array, "position d_model"]:
+    """Of the logits' input."""
+    grad: Array = jax.grad(lambda end: question.measure(decoder, metric, end[-1]))(run.end)
+    return grad
+
+
+def _over_mixes(one: Callable[..., Array], mixes: Float[Array, " mixes"], *by_prompt: Any) -> Array:
+    """The sum over mixes of what `one(mix, ...)` says of each prompt."""
+    of_each = jax.vmap(lambda mix: jax.vmap(lambda *prompt: one(mix, *prompt))(*by_prompt))(mixes)
+    return of_each.sum(0, dtype=jnp.promote_types(of_each.dtype, jnp.float32))
 
 
 def _mixed(decoder: Decoder, ids: Int[Array, " position"], said: Float[Array, "writers span d_model"], mix: Float[Array, ""]) -> Array:
     return said[0] + mix * (decoder.embed(ids) - said[0])
 
 
-def _masking(decoder: Decoder, mask: Float[Array, "readers writers"], source: Source) -> Masking:
+def _masking(decoder: Decoder, mask: Float[Array, "readers writers ..."], source: Source, spans: Spans | None) -> Masking:
     """With one copy of the edges per prompt: reading through them is then a plain product of matrices for each, in the bank's own order."""
-    one = Edges.of(mask, decoder.visible)
-    coefficients, from_live = (jnp.broadcast_to(a, (len(source.values), *a.shape)) for a in (one.coefficients, one.from_live))
-    return Masking(Edges(coefficients, from_live), source.streams)
+    if spans is None:
+        one = Edges.of(mask, decoder.visible)
+        edges = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(source.values), *a.shape)), one)
+    else:
+        edges = jax.vmap(lambda of_prompt: SpanEdges.of(mask, decoder.visible, of_prompt))(spans)
+    return Masking(edges, source.streams)

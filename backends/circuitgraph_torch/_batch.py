@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,14 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from circuitgraph._engine import Rule
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
 from circuitgraph_torch._backward import Backward
-from circuitgraph_torch._bank import Bank
+from circuitgraph_torch._bank import Bank, NoBank
 from circuitgraph_torch._calls import AttentionCall, attention_calls, block_input
+from circuitgraph_torch._collect import Collector, EdgeScores, SourceGrads, Spans
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
+from circuitgraph_torch._recomputed import Recomputed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -110,7 +114,7 @@ class Batch:
         self.__dict__.pop("_input", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        starts = self._parts.sites.first_difference(masks)
+        starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=-1))
         out = np.empty((len(masks), len(self)))
         order = np.argsort(starts, kind="stable")
         at = 0
@@ -130,26 +134,96 @@ class Batch:
 
     def _lanes_from(self, start: int, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         sites = self._parts.sites
-        needed_readers, needed_writers = sites.graph.needed((masks != 0).any(axis=0))
+        needed_readers, needed_writers = sites.graph.needed((masks != 0).any(axis=0 if masks.ndim == 3 else (0, 3)))
         shared = self._live_differences(source)[: sites.writers_before(start)]
-        bank = Bank(shared, len(masks), needed_writers, self._input)
+        bank = Bank(shared, len(masks), needed_writers, self._input, self._spans)
         stream = self.live.streams[start].expand(len(masks), *self._input.shape)
         x = self._forward(masks, source, needed_readers).run(bank, stream, start)
         values: Float[ndarray, "lanes prompts"] = self._measure(x[:, :, -1]).double().cpu().numpy()
         return values
 
-    def gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mix: float) -> Float[ndarray, "prompts readers writers"]:
-        differences = None if mix == 1.0 else self._unmixed_differences(mask, source)
-        start_from = source.values[0] + mix * (self._input - source.values[0]) if mix != 1.0 else self._input
-        tape = Tape()
-        x, bank = self._from_the_input(mask, source, start_from, tape)
-        last = x[0, :, -1:].detach().requires_grad_()
-        with torch.enable_grad():
-            total = self._measure(last[None, :, 0]).sum()
-        (grad,) = torch.autograd.grad(total, last)
-        backward = Backward(self._parts.joints, self._parts.sites, bank.own[0] if differences is None else differences)
-        scores: Float[ndarray, "prompts readers writers"] = backward.run(tape, grad) * self._parts.sites.graph.visible
+    def gradient(
+        self, mask: Float[ndarray, "readers writers"], source: SourceRun, mixes: Sequence[float], rule: Rule
+    ) -> Float[ndarray, "prompts readers writers"]:
+        """The mean of the gradients at these mixes. At `m = 1` several runs of mixed prompts share a pass."""
+        visible = self._parts.sites.graph.visible
+        is_live = bool((mask[visible] == 1).all())
+        differences = None
+        if is_live and [*mixes] != [1.0]:
+            differences = self._live_differences(source)
+        elif any(mix != 1.0 for mix in mixes):
+            differences = self._unmixed_differences(mask, source)
+        total: Float[ndarray, "prompts readers writers"] = np.zeros(())
+        size = self._mixes_at_once if is_live and differences is not None else 1
+        for at in range(0, len(mixes), size):
+            total = total + self._scores(mask, source, mixes[at : at + size], rule, differences, is_live=is_live)
+        scores: Float[ndarray, "prompts readers writers"] = total * (visible if mask.ndim == 2 else visible[..., None]) / len(mixes)
         return scores
+
+    def _scores(
+        self,
+        mask: Float[ndarray, "readers writers"],
+        source: SourceRun,
+        mixes: Sequence[float],
+        rule: Rule,
+        differences: Tensor | None,
+        *,
+        is_live: bool,
+    ) -> Float[ndarray, "prompts readers writers"]:
+        """The sum of the gradients at some mixes; without `differences`, those of this very run score the edges."""
+        tape = Tape(rule)
+        if is_live and differences is not None:
+            x = self._together(mask, source, mixes, tape)
+        else:
+            x, bank = self._from_the_input(mask, source, self._mixed(source, mixes[0]), tape)
+            differences = bank.own[0] if differences is None else differences
+        spans = self._by_span(mask)
+        scores = EdgeScores(self._parts.sites, differences, spans)
+        recomputed = None
+        if rule.patterns == "recomputed":
+            recomputed = Recomputed(self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, _LANES_BYTES)
+        self._backward(tape, x[0], scores, spans, recomputed)
+        return scores.scores
+
+    def source_gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts writers d_model"]:
+        """The gradient in a vector that is added to what each writer says in the source run."""
+        tape, spans = Tape(), self._by_span(mask)
+        x, _ = self._from_the_input(mask, source, self._input, tape)
+        grads = SourceGrads(self._parts.sites, mask, self._input, spans)
+        self._backward(tape, x[0], grads, spans, None)
+        return grads.grads
+
+    def _backward(self, tape: Tape, x: Tensor, collector: Collector, spans: Spans | None, recomputed: Recomputed | None) -> None:
+        """`x`: the inputs of the logits, `[prompts, position, d_model]`, or those of several runs one after the other."""
+        last = x[:, -1:].detach().requires_grad_()
+        with torch.enable_grad():
+            runs = last[:, 0].unflatten(0, (-1, len(self)))
+            total = self._measure(runs, is_frozen=tape.rule.norms == "frozen").sum()
+        (grad,) = torch.autograd.grad(total, last)
+        Backward(self._parts.joints, self._parts.sites, collector, spans, recomputed).run(tape, grad, x.shape[1])
+
+    def _together(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mixes: Sequence[float], tape: Tape) -> Tensor:
+        """The logits' inputs at `m = 1` of the runs at some mixes, one after the other; nothing is kept of what single writers say."""
+        start = torch.cat([self._mixed(source, mix) for mix in mixes])
+        forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
+        return forward.run(NoBank(mask.shape[1]), start[None], 0)
+
+    @property
+    def _mixes_at_once(self) -> int:
+        """How many mixed runs fit in memory: autograd keeps some thirty vectors of the stream's size of a layer."""
+        per_mix = 30 * len(self._parts.sites.layers) * self._input.numel() * self._input.element_size()
+        return max(1, _LANES_BYTES // per_mix)
+
+    def _mixed(self, source: SourceRun, mix: float) -> Tensor:
+        """What the input says on the way from the source to the prompts."""
+        return self._input if mix == 1.0 else source.values[0] + mix * (self._input - source.values[0])
+
+    @cached_property
+    def _spans(self) -> Tensor:
+        return torch.from_numpy(self._bucket.spans).to(self._parts.device)
+
+    def _by_span(self, mask: Float[ndarray, "readers writers"]) -> Spans | None:
+        return Spans(self._spans, mask.shape[2]) if mask.ndim == 3 else None
 
     def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Tensor:
         """What every writer says under a mask, `[writers, prompts, position, d_model]`."""
@@ -167,7 +241,7 @@ class Batch:
         self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None
     ) -> tuple[Tensor, Bank]:
         everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
-        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start)
+        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans)
         bank.write(np.array([0]), (start - source.values[0])[None, None])
         forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
         return forward.run(bank, start[None], 0), bank
@@ -199,10 +273,10 @@ class Batch:
             self._unmixed = (source, key, bank.own[0])
         return self._unmixed[2]
 
-    def _measure(self, x: Tensor) -> Tensor:
+    def _measure(self, x: Tensor, *, is_frozen: bool = False) -> Tensor:
         """The metric, `[lanes, prompts]`, from the logits' inputs at the last position, `[lanes, prompts, d_model]`."""
         tokens, target = self._target
-        logits = self._parts.joints.logits(x, tokens)
+        logits = self._parts.joints.logits(x, tokens, is_frozen=is_frozen)
         values: Tensor = self._metric(logits if logits.element_size() >= 4 else logits.float(), target)
         return values
 

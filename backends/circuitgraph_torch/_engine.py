@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from circuitgraph._engine import (
+    EXACT,
+    Rule,
     Source,
     WriterValues,
+    check_differentiable,
     check_gradient,
     check_reversible,
+    check_source,
     check_source_values,
     checked_mask,
     no_prompt_to_average,
@@ -52,13 +56,14 @@ class TorchWriterValues:
 
 
 class TorchEngine:
-    """`activations`, `evaluate` and `gradient` of a traced PyTorch model. Made by `TracedModel.bind`."""
+    """The queries of a traced PyTorch model. Made by `TracedModel.bind`."""
 
     def __init__(self, parts: Parts, pairs: PromptPairs, metric: Metric, source: Source, *, is_reversed: bool = False) -> None:
         check_answers(metric, pairs.wrong_answers)
         check_vocabulary(pairs, parts.architecture.vocabulary)
         if source.data is not None:
             check_vocabulary(source.data, parts.architecture.vocabulary)
+        check_source(source, parts.sites.graph, parts.architecture.d_model)
         self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
         self._is_reversed = is_reversed
         self.batches = [
@@ -81,6 +86,10 @@ class TorchEngine:
     @property
     def n_prompts(self) -> int:
         return len(self._pairs)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return self._pairs.span_names
 
     def activations(
         self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None
@@ -115,14 +124,32 @@ class TorchEngine:
         return out
 
     def gradient(
-        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None, mix: float = 1.0
+        self,
+        mask: Float[ndarray, "readers writers"],
+        *,
+        source: WriterValues | None = None,
+        mix: float | Sequence[float] = 1.0,
+        rule: Rule = EXACT,
     ) -> Float[ndarray, "prompts readers writers"]:
         checked = self._masks(mask)
-        check_gradient(self._metric, checked, self.graph, mix)
-        out = np.empty((self.n_prompts, *self.graph.shape))
+        check_gradient(self._metric, checked, self.graph, mix, rule)
+        mixes = [float(one) for one in np.ravel(mix)]
+        out = np.empty((self.n_prompts, *checked.shape))
         with undisturbed(self._parts.model):
             for number, batch in enumerate(self.batches):
-                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mix)
+                out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
+                self._done(number)
+        return out
+
+    def source_gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "prompts writers d_model"]:
+        checked = self._masks(mask)
+        check_differentiable(self._metric)
+        out = np.empty((self.n_prompts, len(self.graph.writers), self._parts.architecture.d_model))
+        with undisturbed(self._parts.model):
+            for number, batch in enumerate(self.batches):
+                out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)
         return out
 
@@ -138,7 +165,7 @@ class TorchEngine:
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
     def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
-        checked = checked_mask(masks, (*lanes, *self.graph.shape))
+        checked = checked_mask(masks, (*lanes, *self.graph.shape), self.spans)
         return checked.astype(np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32)
 
     def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
@@ -165,6 +192,8 @@ class TorchEngine:
         if self._source.kind == "zero":
             d_model = self._parts.architecture.d_model
             return next(self._parts.model.parameters()).new_zeros(len(self.graph.writers), 1, 1, d_model)
+        if self._source.constants is not None:
+            return torch.from_numpy(self._source.constants.copy()).to(next(self._parts.model.parameters()))[:, None, None]
         length = batch.live_ids.shape[1]
         return self._mean(length if self._source.kind == "mean-per-position" else None)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from circuitgraph._engine import EXACT, Rule
 from circuitgraph._sites import LayerSites, Site, Sites
-from circuitgraph_torch._bank import Bank, Plan
+from circuitgraph_torch._bank import Bank, NoBank, Plan
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
 
@@ -58,7 +59,8 @@ class LiveRun:
 
 @dataclass(frozen=True, eq=False)
 class AttentionStep:
-    """One layer's attention on the tape: readers' inputs `x`, projections `projected` (a leaf), what the heads wrote."""
+    """One layer's attention on the tape: readers' inputs `x` `[distinct, prompts, position, d_model]`, projections `projected` (a leaf),
+    what the heads wrote (by head, or together where nothing is kept of single writers)."""
 
     plan: Plan
     x: Tensor
@@ -75,8 +77,9 @@ class MLPStep:
 
 @dataclass(eq=False)
 class Tape:
-    """What the backward pass needs, layer by layer."""
+    """What the backward pass needs, layer by layer, if it is to go by a rule."""
 
+    rule: Rule = EXACT
     attention: dict[int, AttentionStep] = field(default_factory=dict)
     mlp: dict[int, MLPStep] = field(default_factory=dict)
     logits: Plan | None = None
@@ -103,7 +106,7 @@ class Forward:
         self._tape = tape
         self._streams: list[Tensor] = []
 
-    def run(self, bank: Bank, stream: Tensor, start: int) -> Tensor:
+    def run(self, bank: Bank | NoBank, stream: Tensor, start: int) -> Tensor:
         """The inputs of the logits, `[lanes, prompts, position, d_model]`."""
         self._bank = bank
         for number in range(start, len(self._sites.layers)):
@@ -143,7 +146,13 @@ class Forward:
                 # One pass for all is enough to run, but not to tell apart the gradients of readers that say the same.
                 shared = self._tape is None and plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
                 mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared)
-                written = joint.write(mixed, [*(alive - layer.first_head)])
+                is_frozen = self._tape is not None and self._tape.rule.norms == "frozen"
+                if self._tape is not None:
+                    joint.check_rule(self._tape.rule)
+                if self._bank.keeps:
+                    written = joint.write(mixed, [*(alive - layer.first_head)], is_frozen=is_frozen)
+                else:
+                    written = joint.write_together(mixed, is_frozen=is_frozen)
             if self._tape is not None:
                 self._tape.attention[number] = AttentionStep(plan, x[0], projected, written)
             stream = self._add(stream, alive, written.detach())
@@ -173,7 +182,7 @@ class Forward:
         x = self._read(plan, stream, self._source.before_mlp[number])[:, 0].flatten(0, 1)
         with torch.set_grad_enabled(self._tape is not None):
             x = x.detach().requires_grad_(self._tape is not None)
-            written = joint(x)
+            written = joint(x) if self._tape is None else joint(x, self._tape.rule)
         if self._tape is not None:
             self._tape.mlp[number] = MLPStep(plan, x, written)
         return self._add(after, np.array([writer]), written.detach()[None])
@@ -194,6 +203,8 @@ class Forward:
     def _add(self, stream: Tensor, writers: Int[ndarray, " some"], written: Tensor) -> Tensor:
         """Add `[some, lanes * prompts, position, d_model]` to the stream and keep the differences."""
         written = written.unflatten(1, (len(self._masks), -1))
+        if not self._bank.keeps:
+            return stream + written.sum(0)
         values = self._source.values[int(writers[0]) : int(writers[-1]) + 1]
         chosen = values if len(values) == len(writers) else values[torch.from_numpy(writers - writers[0]).to(values.device)]
         self._bank.write(writers, written - chosen[:, None])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,48 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from circuitgraph._architecture import MLP, Architecture, Attention, Norm, Projection
-from circuitgraph._errors import TraceError
+from circuitgraph._architecture import MLP, Architecture, Attention, Projection
+from circuitgraph._engine import EXACT, Rule
+from circuitgraph._errors import CircuitGraphError, TraceError
 from circuitgraph_torch._calls import AttentionCall
-
-
-@dataclass(frozen=True)
-class NormJoint:
-    """A norm module and what its backward needs: gain `[d_model]` (or a number), epsilon, kind."""
-
-    module: nn.Module
-    kind: str
-    eps: float
-    gain: Tensor | float
-
-    @classmethod
-    def of(cls, model: nn.Module, norm: Norm | None) -> NormJoint | None:
-        if norm is None:
-            return None
-        module = model.get_submodule(norm.path)
-        weight = getattr(module, "weight", None)
-        return cls(module, norm.kind, norm.eps, 1.0 if weight is None else weight.detach() + norm.gain_offset)
-
-    def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`."""
-        centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
-        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return centred * scale, scale
-
-    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""
-        xhat, scale = self.standardised(x)
-        grad.mul_(self.gain)
-        along = (grad * xhat).mean(-1, keepdim=True)
-        if self.kind == "layer":
-            grad.sub_(grad.mean(-1, keepdim=True))
-        return grad.addcmul_(xhat, along, value=-1).mul_(scale)
-
-    def split(self, parts: Tensor, total: Tensor) -> Tensor:
-        """The norm of `total`, shared out to `parts` that add up to it: all parts get the scale of the total."""
-        _, scale = self.standardised(total)
-        centred = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
-        return centred * (scale * self.gain)
+from circuitgraph_torch._norms import NormJoint
+from circuitgraph_torch._rules import RuledModules, run
+from circuitgraph_torch._twin import twin
 
 
 class AttentionJoint:
@@ -72,6 +35,9 @@ class AttentionJoint:
         self.group_size = self.n_heads // self.n_groups
         self.kv_per_head = per_head_kv and self.group_size > 1
         self.n_readers = self.n_heads * 3 if self.kv_per_head else self.n_heads + 2 * self.n_groups
+        self.first_value = (self.n_heads + self.n_readers) // 2
+        self.couples_heads = attention.couples_heads
+        self._inner_norms = _norms_in(model, attention.path)
         self._load_weights(model, attention, d_model)
         self._make_twin(model, attention, d_model)
 
@@ -96,9 +62,18 @@ class AttentionJoint:
         self._seen = _Seen(d_model)
         replaced: dict[str, nn.Module] = {path.removeprefix(base): given for path, given in self._given.items()}
         replaced[attention.o.removeprefix(base)] = self._seen
-        self._twin = _twin(model.get_submodule(attention.path), replaced)
+        self._twin = twin(model.get_submodule(attention.path), replaced)
         # One pass of the attention code serves all heads, or, with a key and value per head, one head of every group.
         self._passes = [self._columns(attention, member) for member in range(self.group_size if self.kv_per_head else 1)]
+
+    def check_rule(self, rule: Rule) -> None:
+        """Raises `CircuitGraphError` where a norm inside the attention, which is left to the model's own code, would have to be frozen."""
+        heard = [path for path in self._inner_norms if rule.patterns != "frozen" or path.rpartition(".")[2].startswith("v")]
+        if rule.norms == "frozen" and heard:
+            raise CircuitGraphError(
+                f"gradient: {heard[0]} is a norm inside an attention, whose scale this engine cannot freeze; use a rule with norms 'exact'"
+                f"{'' if rule.patterns == 'frozen' else ', or with patterns frozen too'}"
+            )
 
     def _columns(self, attention: Attention, member: int) -> dict[str, Tensor]:
         """For each projection module, which columns of the readers' outputs side by side are its features."""
@@ -138,8 +113,11 @@ class AttentionJoint:
         assert mixed is not None, "the attention code did not call its output projection"
         return mixed.reshape(n, length, self.n_heads, self.head_dim)
 
-    def write(self, mixed: Tensor, heads: Sequence[int]) -> Tensor:
-        """What the heads add to the stream, `[heads, prompts, position, d_model]`, for some of them."""
+    def write(self, mixed: Tensor, heads: Sequence[int], *, is_frozen: bool = False) -> Tensor:
+        """What the heads add to the stream, `[heads, prompts, position, d_model]`, for some of them.
+
+        `is_frozen`: the scale of a post-norm is a constant going back.
+        """
         n, length = mixed.shape[:2]
         chosen = [*heads] if self.post_norm is None else [*range(self.n_heads)]
         whole = len(chosen) == self.n_heads
@@ -147,8 +125,15 @@ class AttentionJoint:
         weights = self.out_weights if whole else self.out_weights[chosen]
         out = torch.bmm(values if whole else values[chosen], weights).view(len(chosen), n, length, -1)
         if self.post_norm is not None:
-            out = self.post_norm.split(out, out.sum(0))
+            out = self.post_norm.split(out, out.sum(0), is_frozen=is_frozen)
             out = out if len(heads) == self.n_heads else out[[*heads]]
+        return out if self.scale == 1.0 else out * self.scale
+
+    def write_together(self, mixed: Tensor, *, is_frozen: bool = False) -> Tensor:
+        """The sum of what all heads add to the stream, `[1, prompts, position, d_model]`."""
+        out = functional.linear(mixed.flatten(2), self.out_weights.flatten(0, 1).T)[None]
+        if self.post_norm is not None:
+            out = self.post_norm.split(out, out[0], is_frozen=is_frozen)
         return out if self.scale == 1.0 else out * self.scale
 
     @property
@@ -164,17 +149,32 @@ class MLPJoint:
     def __init__(self, model: nn.Module, mlp: MLP) -> None:
         self.norm = NormJoint.of(model, mlp.norm)
         self._post_norm = NormJoint.of(model, mlp.post_norm)
+        self._paths = mlp.modules
         self._modules = [model.get_submodule(path) for path in mlp.modules]
         self._scale = mlp.scale
+        self._inner_norms = [path for root in mlp.modules for path in _norms_in(model, root)]
+        self._ruled: dict[tuple[str, str], RuledModules] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[prompts, position, d_model]` to the same."""
-        y = x if self.norm is None else self.norm.module(x)
-        for module in self._modules:
-            y = module(y)
-            y = y[0] if isinstance(y, tuple) else y  # some experts return their router's logits too
-        y = y if self._post_norm is None else self._post_norm.module(y)
+    def __call__(self, x: Tensor, rule: Rule = EXACT) -> Tensor:
+        """`[prompts, position, d_model]` to the same. Going back from there is by the rule."""
+        is_frozen = rule.norms == "frozen"
+        y = x if self.norm is None else self.norm(x, is_frozen=is_frozen)
+        y = run(self._modules, y) if rule == EXACT else self._run(y, rule)
+        y = y if self._post_norm is None else self._post_norm(y, is_frozen=is_frozen)
         return y if self._scale == 1.0 else y * self._scale
+
+    def _run(self, x: Tensor, rule: Rule) -> Tensor:
+        if rule.norms == "frozen" and self._inner_norms:
+            raise CircuitGraphError(
+                f"gradient: {self._inner_norms[0]} is a norm inside an MLP, whose scale this engine cannot freeze; "
+                f"use a rule with norms 'exact'"
+            )
+        key = rule.activations, rule.gates
+        if key == ("exact", "exact"):
+            return run(self._modules, x)
+        if key not in self._ruled:
+            self._ruled[key] = RuledModules([*zip(self._paths, self._modules, strict=True)], rule)
+        return self._ruled[key](x)
 
 
 class LogitsJoint:
@@ -185,9 +185,12 @@ class LogitsJoint:
         self._module = model.get_submodule(architecture.unembedding)
         self._scale, self._softcap = architecture.logit_scale, architecture.logit_softcap
 
-    def __call__(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Logits `[..., vocabulary]` from the final stream `[..., d_model]`, or only those of `tokens`."""
-        y = x if self._norm is None else self._norm.module(x)
+    def __call__(self, x: Tensor, tokens: Tensor | None = None, *, is_frozen: bool = False) -> Tensor:
+        """Logits `[..., vocabulary]` from the final stream `[..., d_model]`, or only those of `tokens`.
+
+        `is_frozen`: the scale of the final norm is a constant going back.
+        """
+        y = x if self._norm is None else self._norm(x, is_frozen=is_frozen)
         if tokens is None or not isinstance(self._module, nn.Linear):
             y = self._module(y) if tokens is None else self._module(y)[..., tokens]
         else:
@@ -245,6 +248,12 @@ def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Ten
     return weight[features], weight.new_zeros(features.shape) if bias is None else bias[features]
 
 
+def _norms_in(model: nn.Module, path: str) -> list[str]:
+    """Submodules that call themselves norms. Names lie, but here they only decide whether a rule is refused."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return [name for name, module in inside if "norm" in type(module).__name__.lower()]
+
+
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """Columns of the last axis; a slice where they are consecutive."""
     first, last = int(index[0]), int(index[-1])
@@ -275,19 +284,3 @@ class _Seen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.value = x
         return x.new_zeros(1, 1, 1).expand(*x.shape[:-1], self._d_model)
-
-
-def _twin(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
-    """A shallow copy that shares all parameters, without hooks, with some submodules replaced. The original is not touched."""
-    twin = copy.copy(module)
-    twin.__dict__ = dict(module.__dict__)
-    twin.__dict__.pop("forward", None)  # wrappers of nnsight or accelerate
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    twin._modules = dict(module._modules)
-    for name, child in module._modules.items():
-        inside = {path.removeprefix(f"{name}."): new for path, new in replaced.items() if path.startswith(f"{name}.")}
-        if name in replaced:
-            twin._modules[name] = replaced[name]
-        elif inside and child is not None:
-            twin._modules[name] = _twin(child, inside)
-    return twin

@@ -13,7 +13,7 @@ import numpy as np
 from circuitgraph._engine import Engine, Outcome, last_outcome
 from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._graph import Graph
-from circuitgraph.algorithms._acdc_order import HeadOrder, Trial, receivers, senders, single_edges, whole_inputs
+from circuitgraph.algorithms._acdc_order import HeadOrder, Places, Trial, places, receivers, senders, shuffled, single_edges, whole_inputs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -32,7 +32,8 @@ class ACDC:
 
     `group_first`: before the edges of a layer's heads, each head's whole `v`, `k` and `q` input is tried at once, as the paper's code
     does (auto-circuit does not). `head_order`: of writers of one layer; "descending" is the default of the paper's command line,
-    "ascending" that of its class. Readers' heads are always descending. A reader that feeds no needed writer loses its edges unasked.
+    "ascending" that of its class. Readers' heads are always descending. `order_seed` shuffles the heads of writers and readers alike
+    instead, to see how much of a circuit is owed to the order. A reader that feeds no needed writer loses its edges unasked.
 
     Cost: one forward pass per edge that is tried, fewer where an engine starts late. Up to `max_lanes` of them are sent together: a batch
     bets that its trials go as the last one did, and what follows a lost bet is tried again, so the decisions do not depend on `max_lanes`.
@@ -55,6 +56,7 @@ class ACDC:
     group_first: bool = True
     head_order: HeadOrder = "descending"
     max_lanes: int = 16
+    order_seed: int | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.threshold, Real) and math.isfinite(self.threshold) and self.threshold >= 0):
@@ -62,6 +64,8 @@ class ACDC:
         if self.head_order not in get_args(HeadOrder):
             raise CircuitGraphError(f"acdc: head_order is {self.head_order!r}; expected 'descending' or 'ascending'")
         whole_number("acdc: max_lanes", self.max_lanes, 1)
+        if self.order_seed is not None:
+            whole_number("acdc: order_seed", self.order_seed, 0)
 
     def run(self, engine: Engine) -> Outcome:
         return last_outcome(self.steps(engine))
@@ -70,13 +74,20 @@ class ACDC:
         """An outcome after every batch; the last one has the scores and the record."""
         graph = engine.graph
         search = _Search(engine, self.threshold, self.max_lanes)
-        order = senders(graph, self.head_order)
-        for readers in receivers(graph):
+        readers_at, writers_at = self._places(graph)
+        order, visits = senders(graph, writers_at), [*receivers(graph, readers_at)]
+        for readers in visits:
             search.drop_unneeded(readers)
             if self.group_first:
                 yield from search.decide(whole_inputs(graph, search.mask, readers))
             yield from search.decide(single_edges(search.mask, readers, order))
-        yield Outcome(search.kept, search.scores, search.record(order))
+        yield Outcome(search.kept, search.scores, search.record(visits, order))
+
+    def _places(self, graph: Graph) -> tuple[Places, Places]:
+        """Of the readers' heads and of the writers'."""
+        if self.order_seed is None:
+            return places("descending"), places(self.head_order)
+        return (shuffled(graph, self.order_seed),) * 2
 
 
 @dataclass
@@ -168,7 +179,7 @@ class _Search:
     def _sign(self) -> float:
         return -1.0 if self.engine.metric.higher_is_better else 1.0
 
-    def record(self, order: Sequence[int]) -> dict[str, Any]:
+    def record(self, visits: Sequence[Sequence[int]], order: Sequence[int]) -> dict[str, Any]:
         """What the search did, in plain values."""
         graph = self.graph
         margins = [self.threshold - delta for _, delta, _ in self.decisions]
@@ -180,7 +191,7 @@ class _Search:
             "metric_at_start": self._sign * self.start,
             "metric": [self._sign * loss for loss in self.losses],
             "order": {
-                "readers": [graph.readers[r].name for layer in receivers(graph) for r in layer],
+                "readers": [graph.readers[r].name for layer in visits for r in layer],
                 "writers": [graph.writers[w].name for w in order],
             },
             "untested": self.untested,

@@ -1,8 +1,8 @@
-"""The order in which ACDC tries removals: that of the paper's code, as a total order over any graph."""
+"""The order in which ACDC tries removals: that of the paper's code, as a total order over any graph, or one with the heads shuffled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -32,25 +32,45 @@ class Trial:
         return reader if self.is_whole_input else f"{graph.writers[self.writers[0]]}->{reader}"
 
 
-def receivers(graph: Graph) -> Iterator[tuple[int, ...]]:
-    """Readers from the output back: the logits, then per layer the MLP, then the `v`, `k` and `q` inputs, heads from the highest down.
+Places = Callable[[int], int]  # of the heads of a layer by their index, the first to come at the lowest
+
+
+def places(head_order: HeadOrder) -> Places:
+    """Heads in the order of their indices, either way round."""
+    sign = -1 if head_order == "descending" else 1
+    return lambda index: sign * index
+
+
+def shuffled(graph: Graph, seed: int) -> Places:
+    """Heads in a random order, the same one in every layer."""
+    n_heads = 1 + max((writer.index for writer in graph.writers), default=0)
+    order = np.random.default_rng(seed).permutation(n_heads)
+    return lambda index: int(order[index])
+
+
+def receivers(graph: Graph, place_of: Places) -> Iterator[tuple[int, ...]]:
+    """Readers from the output back: the logits, then per layer the MLP, then the `v`, `k` and `q` inputs of its heads.
 
     Readers at the same depth come together: none of them decides whether another is needed.
     """
 
     def place(r: int) -> tuple[float, int, int]:
         reader = graph.readers[r]
-        return (-reader.depth, "vkq".find(reader.kind), -reader.index)
+        return (-reader.depth, "vkq".find(reader.kind), place_of(max(reader.index, 0)))
 
     order = sorted(range(len(graph.readers)), key=place)
     for _, same_depth in groupby(order, key=lambda r: graph.readers[r].depth):
         yield tuple(same_depth)
 
 
-def senders(graph: Graph, head_order: HeadOrder) -> tuple[int, ...]:
+def senders(graph: Graph, place_of: Places) -> tuple[int, ...]:
     """Writers from the highest layer down, an MLP before the heads of its layer, the input last."""
-    sign = -1 if head_order == "descending" else 1
-    return tuple(sorted(range(len(graph.writers)), key=lambda w: (-graph.writers[w].depth, sign * graph.writers[w].index)))
+
+    def place(w: int) -> tuple[int, int]:
+        writer = graph.writers[w]
+        return (-writer.depth, place_of(max(writer.index, 0)))
+
+    return tuple(sorted(range(len(graph.writers)), key=place))
 
 
 def whole_inputs(graph: Graph, mask: Float[ndarray, "readers writers"], readers: Sequence[int]) -> list[Trial]:

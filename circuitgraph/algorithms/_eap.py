@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from circuitgraph._engine import Engine, Outcome
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,17 @@ class EAP:
     """
 
     def run(self, engine: Engine) -> Outcome:
-        visible = engine.graph.visible
-        gradient = np.asarray(engine.gradient(visible.astype(np.float32)), dtype=np.float64).mean(axis=0)
-        sign = 1.0 if engine.metric.higher_is_better else -1.0
-        return Outcome(mask=visible.copy(), scores=np.where(visible, sign * gradient, 0.0))
+        return attributed(engine, engine.gradient(engine.graph.visible.astype(np.float32)))
+
+
+def attributed(engine: Engine, gradient: Float[ndarray, "prompts readers writers"], record: Mapping[str, Any] | None = None) -> Outcome:
+    """Every edge, scored by how much it supports the behaviour; `gradient` is that of the metric, per prompt."""
+    visible = engine.graph.visible
+    per_prompt = np.where(visible, towards_better(engine) * np.asarray(gradient), 0.0)
+    scores = per_prompt.mean(axis=0, dtype=np.float64)
+    return Outcome(visible.copy(), scores, record or {}, prompt_scores=per_prompt.astype(np.float32))
+
+
+def towards_better(engine: Engine) -> float:
+    """1 where a higher metric is better, -1 where a lower one is."""
+    return 1.0 if engine.metric.higher_is_better else -1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ COLOURS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#B0609A", "lo
 MEANINGS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP input", "logits": "logits", "merged": "query, key, value"}
 INK, FAINT = "#1F2430", "#8A90A0"
 FONT = "Helvetica,Arial,DejaVu Sans,sans-serif"
+_NAMED = 2  # spans beside a line
 NODES: dict[str, dict[str, str]] = {
     "input": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
     "logits": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
@@ -29,7 +31,12 @@ NODES: dict[str, dict[str, str]] = {
 def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto") -> str:
     """The picture of a circuit as DOT text: the input at the bottom, the logits at the top, one row per layer's attention and MLP."""
     plan = make_plan(circuit, title=title, detail=detail)
-    dot = _canvas(plan)
+    return dot_of(plan, lambda line: _stroke(line, plan.strongest), _legend(plan))
+
+
+def dot_of(plan: Plan, stroke: Callable[[Line], dict[str, str]], legend: str) -> str:
+    """A plan as DOT text, its lines drawn with these attributes; `legend` is HTML-like."""
+    dot = _canvas(plan, legend)
     rows = [(depth, list(nodes)) for depth, nodes in groupby(plan.nodes, key=lambda node: node.depth)]
     _ruler(dot, rows)
     for _, nodes in rows:
@@ -39,18 +46,20 @@ def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto
             for node in nodes:
                 row.node(node.name, label=_escape(node.label), tooltip=_escape(node.label), **_width(node, plan), **NODES[node.kind])
     for line in plan.lines:
-        dot.edge(line.tail.name, line.head.name, **_stroke(line, plan.strongest))
+        dot.edge(line.tail.name, line.head.name, **tips(line), **_with_spans(line, stroke(line)))
     return str(dot.source)
 
 
-def _canvas(plan: Plan) -> Digraph:
+def _canvas(plan: Plan, legend: str) -> Digraph:
     import graphviz
 
     dot = graphviz.Digraph("circuit")
     crowd = len(plan.lines) / len({node.depth for node in plan.nodes})
     dot.attr(rankdir="BT", ranksep=f"{min(0.34 + 0.025 * crowd, 1.2):.2f}", nodesep="0.18", splines="true", outputorder="edgesfirst")
     dot.attr(bgcolor="white", pad="0.25")
-    dot.attr(label=_caption(plan), labelloc="t", labeljust="c", fontname=FONT, fontcolor=INK, tooltip=_escape(plan.title or "circuit"))
+    dot.attr(
+        label=_caption(plan, legend), labelloc="t", labeljust="c", fontname=FONT, fontcolor=INK, tooltip=_escape(plan.title or "circuit")
+    )
     dot.attr("node", fontname=FONT, fontsize="12", fontcolor=INK, penwidth="1.1", height="0.34", width="0.72", margin="0.06,0.03")
     dot.attr("edge", arrowsize="0.55", arrowhead="normal", penwidth="1.2")
     return dot
@@ -85,9 +94,8 @@ def _width(node: Node, plan: Plan) -> dict[str, str]:
 
 
 def _stroke(line: Line, strongest: float) -> dict[str, str]:
-    """Colour by what is read, width and strength by |score|, dashes for a negative score."""
-    tooltip = _escape(line.tooltip)
-    stroke = {"tooltip": tooltip, "edgetooltip": tooltip, "labeltooltip": tooltip, "headtooltip": tooltip, "tailtooltip": tooltip}
+    """Colour by what is read, width and strength by |score|, dashes for a negative score; the confidence beside the line."""
+    stroke = {} if line.confidence is None else {"label": f" {line.confidence:.0%}", "fontsize": "8", "fontcolor": FAINT, "fontname": FONT}
     if line.score is None or strongest == 0:
         return {**stroke, "color": COLOURS[line.kind]}
     share = (abs(line.score) / strongest) ** 0.5
@@ -97,29 +105,51 @@ def _stroke(line: Line, strongest: float) -> dict[str, str]:
     return {**stroke, "style": "dashed"} if line.score < 0 else stroke
 
 
-def _caption(plan: Plan) -> str:
+def _with_spans(line: Line, stroke: dict[str, str]) -> dict[str, str]:
+    """Beside the line, before what else stands there, the parts of the prompt at which its edges lie: the first few of them."""
+    if not line.spans:
+        return stroke
+    more = " \N{HORIZONTAL ELLIPSIS}" if len(line.spans) > _NAMED else ""
+    label = f" {_escape(', '.join(line.spans[:_NAMED]))}{more}{stroke.get('label', '')}"
+    return {"fontsize": "8", "fontname": FONT, "fontcolor": COLOURS[line.kind], **stroke, "label": label}
+
+
+def tips(line: Line) -> dict[str, str]:
+    """What the edges of a line are, for whoever points at it."""
+    return dict.fromkeys(("tooltip", "edgetooltip", "labeltooltip", "headtooltip", "tailtooltip"), _escape(line.tooltip))
+
+
+def _caption(plan: Plan, legend: str) -> str:
     """Title, facts and legend as one HTML-like table."""
     rows = []
     if plan.title:
         rows.append(f'<TR><TD><FONT POINT-SIZE="17"><B>{_html(plan.title)}</B></FONT></TD></TR>')
     rows.append(f'<TR><TD><FONT POINT-SIZE="12" COLOR="{FAINT}">{_html("  ·  ".join(plan.facts))}</FONT></TD></TR>')
     if plan.lines:
-        rows.append(f'<TR><TD>{_legend(plan)}</TD></TR><TR><TD HEIGHT="6"></TD></TR>')
+        rows.append(f'<TR><TD>{legend}</TD></TR><TR><TD HEIGHT="6"></TD></TR>')
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3">{"".join(rows)}</TABLE>>'
 
 
 def _legend(plan: Plan) -> str:
     """One line of text: a table would be stretched to the picture's width."""
-    parts = [_swatch(COLOURS[kind], "\N{BLACK SQUARE}", MEANINGS[kind]) for kind in plan.kinds]
+    parts = [swatch(COLOURS[kind], "\N{BLACK SQUARE}", MEANINGS[kind]) for kind in plan.kinds]
     if any(line.score is not None and line.score < 0 for line in plan.lines):
-        parts.append(_swatch(INK, "\N{EN DASH} \N{EN DASH}", "negative score"))
+        parts.append(swatch(INK, "\N{EN DASH} \N{EN DASH}", "negative score"))
     if plan.strongest:
         parts.append(f'<FONT POINT-SIZE="11" COLOR="{FAINT}">width: |score|</FONT>')
+    if any(line.confidence is not None for line in plan.lines):
+        parts.append(f'<FONT POINT-SIZE="11" COLOR="{FAINT}">per cent: confidence</FONT>')
+    return joined(parts)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The parts of a legend in one line."""
     return f'<FONT POINT-SIZE="11" COLOR="{INK}">    </FONT>'.join(parts)
 
 
-def _swatch(colour: str, stroke: str, meaning: str) -> str:
-    return f'<FONT POINT-SIZE="11" COLOR="{colour}"><B>{stroke}</B></FONT><FONT POINT-SIZE="11" COLOR="{INK}"> {meaning}</FONT>'
+def swatch(colour: str, stroke: str, meaning: str) -> str:
+    """A sign of a legend with what it means."""
+    return f'<FONT POINT-SIZE="11" COLOR="{colour}"><B>{stroke}</B></FONT><FONT POINT-SIZE="11" COLOR="{INK}"> {_html(meaning)}</FONT>'
 
 
 def _printable(text: str) -> str:

@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError, FileError
 from circuitgraph.drawing._dot import to_dot
+from circuitgraph.drawing._joint import joint_dot
 from circuitgraph.files import write_bytes
 
 if TYPE_CHECKING:
@@ -36,12 +38,21 @@ sys.stdout.buffer.write(graph.draw(format=suffix, prog="dot"))
 
 def render(circuit: Circuit, path: str | Path, *, title: str | None = None, detail: Detail = "auto", dpi: int = 200) -> Path:
     """Draw a circuit into a file, whose suffix says the format; see `Circuit.render`. Raises `FileError`."""
+    return write_picture(path, lambda: to_dot(circuit, title=title, detail=detail), dpi=dpi)
+
+
+def render_joint(circuits: Mapping[str, Circuit], path: str | Path, *, title: str | None = None, detail: Detail = "auto") -> Path:
+    """Draw several circuits of one graph into one picture, a line's colour saying who has it. Raises `FileError`."""
+    return write_picture(path, lambda: joint_dot(circuits, title=title, detail=detail))
+
+
+def write_picture(path: str | Path, source: Callable[[], str], *, dpi: int = 200) -> Path:
+    """DOT text into a file, whose suffix says the format; a wrong one is refused before anything is laid out. Raises `FileError`."""
     path = Path(path)
     suffix = path.suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise FileError(f"cannot draw into {path}: expected a name that ends in one of {', '.join('.' + name for name in FORMATS)}")
-    source = to_dot(circuit, title=title, detail=detail)
-    return write_bytes(path, source.encode() if suffix in ("dot", "gv") else render_dot(source, suffix, dpi=dpi))
+    return write_bytes(path, source().encode() if suffix in ("dot", "gv") else render_dot(source(), suffix, dpi=dpi))
 
 
 def render_dot(source: str, suffix: str, *, dpi: int = 200) -> bytes:

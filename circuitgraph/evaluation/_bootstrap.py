@@ -6,6 +6,7 @@ Deterministic by seed. One prompt has no interval.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,24 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`value` with its bootstrap interval over prompts, which one prompt does not have.
+
+    >>> print(Estimate(0.5, (0.25, -1e-9)))
+    0.500 (95%: 0.250 to 0.000)
+    """
+
+    value: float
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{rounded(self.value)} (one prompt: no interval)"
+        low, high = self.interval
+        return f"{rounded(self.value)} ({CONFIDENCE:.0%}: {rounded(low)} to {rounded(high)})"
 
 
 def resampled_means(samples: Float[ndarray, "quantities prompts"], *, seed: int = 0) -> Float[ndarray, "resamples quantities"]:
@@ -36,7 +55,7 @@ def mean_interval(values: Float[ndarray, " prompts"], *, seed: int = 0) -> Inter
     """
     if len(values) < 2:
         return None
-    return _percentiles(resampled_means(values[None], seed=seed)[:, 0])
+    return interval_of(resampled_means(values[None], seed=seed)[:, 0])
 
 
 def ratio_interval(over: Float[ndarray, " prompts"], under: Float[ndarray, " prompts"], *, seed: int = 0) -> Interval | None:
@@ -46,12 +65,23 @@ def ratio_interval(over: Float[ndarray, " prompts"], under: Float[ndarray, " pro
     means = resampled_means(np.stack([over, under]), seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means[:, 0] / means[:, 1]
-    return _percentiles(ratios[np.isfinite(ratios)])
+    return interval_of(ratios)
 
 
-def _percentiles(statistic: Float[ndarray, " resamples"]) -> Interval | None:
+def interval_of(statistic: Float[ndarray, " resamples"]) -> Interval | None:
+    """The percentiles of a resampled statistic, without the resamples where it is not a number."""
+    statistic = statistic[np.isfinite(statistic)]
     if len(statistic) == 0:
         return None
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def rounded(value: float) -> str:
+    """Three decimals, and never -0.000.
+
+    >>> rounded(-1e-9)
+    '0.000'
+    """
+    return f"{round(value, 3) + 0.0:.3f}"

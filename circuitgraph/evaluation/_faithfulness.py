@@ -7,13 +7,12 @@ A ratio of means over prompts, never a mean of ratios: one prompt with a small d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from circuitgraph._errors import DegenerateError
-from circuitgraph.evaluation._bootstrap import Interval, mean_interval, ratio_interval
+from circuitgraph.evaluation._bootstrap import Estimate, mean_interval, ratio_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,17 +21,12 @@ if TYPE_CHECKING:
 _NOISE = 1e-6  # of the metric's own size, in float32: below this F(1) and F(0) are one number
 
 
-@dataclass(frozen=True)
-class Faithfulness:
-    """`value` with its bootstrap interval over prompts, which one prompt does not have."""
-
-    value: float
-    interval: Interval | None
+Faithfulness = Estimate  # the name it had first
 
 
 def faithfulness(
     kept: Float[ndarray, " prompts"], clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], *, seed: int = 0
-) -> Faithfulness:
+) -> Estimate:
     """`f` of a run from the metric per prompt there, in the model itself and in the source run.
 
     >>> clean, source = np.array([2.0, 4.0]), np.array([0.0, 0.0])
@@ -40,7 +34,7 @@ def faithfulness(
     0.5
     """
     over, under = kept - source, clean - source
-    return Faithfulness(float(over.mean() / under.mean()), ratio_interval(over, under, seed=seed))
+    return Estimate(float(over.mean() / under.mean()), ratio_interval(over, under, seed=seed))
 
 
 def are_apart(clean: Float[ndarray, " prompts"], source: Float[ndarray, " prompts"], *, seed: int = 0) -> bool:

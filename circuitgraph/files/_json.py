@@ -8,6 +8,7 @@
      "scores": [0.5, null, ...]                             one per edge of the graph in that order; null: not scored
             or {"file": NAME.safetensors, "sha256": ...}    a float64 tensor "scores" [readers, writers], NaN: not scored
             or null,
+     "confidence": like scores, from 0 to 1; left out where there is none,
      "provenance": {...}, "record": {...}}
 
 Strict JSON, ASCII, never a pickle; `Circuit.load(circuit.save(path)) == circuit`, bit for bit.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,12 +60,16 @@ class _Sidecar(_Strict):
     sha256: str
 
 
+_Matrix = list[float | None] | _Sidecar | None
+
+
 class _CircuitFile(_Strict):
     format: Literal["circuitgraph"]
     schema_: Annotated[Literal[1], pydantic.Field(alias="schema")]
     graph: _GraphPart
     edges: list[str]
-    scores: list[float | None] | _Sidecar | None
+    scores: _Matrix
+    confidence: _Matrix = None
     provenance: dict[str, Any]
     record: dict[str, Any]
 
@@ -73,13 +79,13 @@ def save(circuit: Circuit, path: str | Path) -> Path:
 
     The scores' file is written first: whoever finds the JSON finds what it refers to.
     """
-    path = Path(path)
-    scores: Any = None
-    if circuit.scores is not None and circuit.graph.n_edges > INLINE_LIMIT:
-        scores = _write_sidecar(circuit.scores, path)
-    elif circuit.scores is not None:
-        scores = [None if math.isnan(x) else x for x in circuit.scores[circuit.graph.visible].tolist()]
-    graph = circuit.graph
+    path, graph = Path(path), circuit.graph
+    matrices = {"scores": circuit.scores} | ({} if circuit.confidence is None else {"confidence": circuit.confidence})
+    given = {name: values for name, values in matrices.items() if values is not None}
+    if given and graph.n_edges > INLINE_LIMIT:
+        written: dict[str, Any] = dict.fromkeys(given, _write_sidecar(given, path))
+    else:
+        written = {name: [None if math.isnan(x) else x for x in values[graph.visible].tolist()] for name, values in given.items()}
     content = {
         "format": "circuitgraph",
         "schema": SCHEMA,
@@ -90,7 +96,7 @@ def save(circuit: Circuit, path: str | Path) -> Path:
             "feeds": [_ranges(row) for row in graph.feeds],
         },
         "edges": [edge.name for edge in circuit.edges],
-        "scores": scores,
+        **{name: written.get(name) for name in matrices},
         "provenance": circuit.provenance,
         "record": circuit.record,
     }
@@ -105,8 +111,8 @@ def load(path: str | Path) -> Circuit:
     try:
         content = _CircuitFile.model_validate(data)
         graph = _graph(content.graph)
-        scores = _scores(content.scores, graph, path)
-        return Circuit(graph, _mask(content.edges, graph), scores, content.provenance, content.record)
+        scores, confidence = (_matrix_of(name, getattr(content, name), graph, path) for name in ("scores", "confidence"))
+        return Circuit(graph, _mask(content.edges, graph), scores, content.provenance, content.record, confidence)
     except pydantic.ValidationError as error:
         first = max(error.errors(), key=lambda found: len(found["loc"]))  # of the forms of `scores`, the nearest one
         where = ".".join(str(part) for part in first["loc"])
@@ -170,19 +176,19 @@ def _mask(names: list[str], graph: Graph) -> Bool[ndarray, "readers writers"]:
     return mask
 
 
-def _scores(part: list[float | None] | _Sidecar | None, graph: Graph, path: Path) -> Float[ndarray, "readers writers"] | None:
+def _matrix_of(name: str, part: _Matrix, graph: Graph, path: Path) -> Float[ndarray, "readers writers"] | None:
     if part is None:
         return None
     if isinstance(part, _Sidecar):
-        return _read_sidecar(part, path)
+        return _read_sidecar(name, part, path)
     if len(part) != graph.n_edges:
-        raise CircuitGraphError(f"there are {len(part)} scores for {graph.n_edges} edges")
-    scores = np.zeros(graph.shape)
-    scores[graph.visible] = [math.nan if x is None else x for x in part]
-    return scores
+        raise CircuitGraphError(f"there are {len(part)} {name} for {graph.n_edges} edges")
+    values = np.zeros(graph.shape)
+    values[graph.visible] = [math.nan if x is None else x for x in part]
+    return values
 
 
-def _write_sidecar(scores: Float[ndarray, "readers writers"], path: Path) -> dict[str, str]:
+def _write_sidecar(matrices: Mapping[str, Float[ndarray, "readers writers"]], path: Path) -> dict[str, str]:
     import safetensors.numpy
 
     sidecar = path.with_suffix(".safetensors")
@@ -190,7 +196,7 @@ def _write_sidecar(scores: Float[ndarray, "readers writers"], path: Path) -> dic
         raise FileError(f"cannot write {path}: the scores go into a file of that name; call the circuit {path.with_suffix('.json').name}")
     if sidecar.exists() and not _is_ours(sidecar):
         raise FileError(f"cannot write {path}: the scores would replace {sidecar}, which circuitgraph did not write; choose another name")
-    content = safetensors.numpy.save({"scores": np.ascontiguousarray(scores)}, metadata=_METADATA)
+    content = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in matrices.items()}, metadata=_METADATA)
     write_bytes(sidecar, content)
     return {"file": sidecar.name, "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -205,7 +211,7 @@ def _is_ours(sidecar: Path) -> bool:
         return False
 
 
-def _read_sidecar(part: _Sidecar, path: Path) -> Float[ndarray, "readers writers"]:
+def _read_sidecar(name: str, part: _Sidecar, path: Path) -> Float[ndarray, "readers writers"]:
     import safetensors
     import safetensors.numpy
 
@@ -219,6 +225,6 @@ def _read_sidecar(part: _Sidecar, path: Path) -> Float[ndarray, "readers writers
         tensors = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
         raise FileError(f"{sidecar} is not a safetensors file: {error}") from error
-    if "scores" not in tensors:
-        raise FileError(f"{sidecar} holds no tensor 'scores'; copy it again, or discover again")
-    return tensors["scores"]
+    if name not in tensors:
+        raise FileError(f"{sidecar} holds no tensor {name!r}; copy it again, or discover again")
+    return tensors[name]

@@ -30,6 +30,7 @@ from circuitgraph._errors import CircuitGraphError, FileError, UnknownNameError
 from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._names import Reader, Writer
 from circuitgraph.files._atomic import parse_json, read_bytes, write_bytes
+from circuitgraph.files._json import load
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -96,6 +97,11 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
     `CircuitGraphError` for a graph that the format cannot describe.
     """
     config = _config(circuit, d_model)
+    if circuit.graph.spans:
+        raise CircuitGraphError(
+            f"to_mib: the format knows no positions; this circuit is split by the spans {', '.join(circuit.graph.spans)}; "
+            "discover without PerPosition for one that can be exchanged"
+        )
     bridge = _bridge(_Config(**config), circuit.graph)
     place = np.ix_(bridge.rows, bridge.columns)
     kept = circuit.mask[place] & bridge.shared
@@ -130,6 +136,13 @@ def from_mib(source: str | Path | Mapping[str, Any], graph: Graph | None = None)
         raise
     except CircuitGraphError as error:
         raise FileError(f"{name}: {error}") from error
+
+
+def load_any(path: str | Path, graph: Graph | None = None) -> Circuit:
+    """Read a circuit file of ours, or one of EAP-IG or MIB, on this graph if it is given. Raises `FileError`."""
+    path = Path(path)
+    is_mib = "cfg" in parse_json(read_bytes(path, "circuit file"), path)
+    return from_mib(path, graph) if is_mib else load(path)
 
 
 def _circuit(content: _File, bridge: _Bridge, graph: Graph, name: str) -> Circuit:

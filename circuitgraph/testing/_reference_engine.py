@@ -1,4 +1,4 @@
-"""`ReferenceEngine`: the three queries of the protocol in numpy, float64, straight from the equation
+"""`ReferenceEngine`: the queries of the protocol in numpy, float64, straight from the equation
 
     x_r = const_r + sum over visible writers w of  m[r, w] * live_w + (1 - m[r, w]) * source_w
 
@@ -7,16 +7,19 @@ One reader at a time, one writer at a time. The oracle for every other engine; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from circuitgraph._engine import (
+    EXACT,
+    Rule,
     Source,
     WriterValues,
+    check_differentiable,
     check_gradient,
     check_reversible,
     check_source_values,
@@ -25,22 +28,24 @@ from circuitgraph._engine import (
 )
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, Target, log_softmax
-from circuitgraph._names import Reader, Writer
+from circuitgraph._names import HeadInput, Reader, ReaderKind, Writer
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.testing._reference_model import ReferenceModel
-from circuitgraph.testing._reference_parts import ReferenceLayer
+from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer
+from circuitgraph.testing._reference_rules import LIVE, Memory, copies
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
 
-    Mask = Float[ndarray, "readers writers"]
+    Mask = Float[ndarray, "readers writers"] | Float[ndarray, "readers writers spans"]
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
     Values = Float[ndarray, "prompts writers position d_model"]
-    Nudge = tuple[int, Stream]  # a reader, and what is added to its input
+    Nudge = Mapping[Reader | Writer, Stream]  # what is added to the input of a reader, or to what a head says before a post-norm
 
-STEP = 1e-5  # of central differences, along live - source
+NOTHING: Nudge = {}
+STEP = 1e-5  # of central differences, in units of the nudge
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,13 @@ class _Batch:
 
     index: Int[ndarray, " prompts"]
     tokens: Tokens
+    spans: Tokens
     target: Target
+
+    def times(self, n: int) -> _Batch:
+        """Each prompt `n` times: first all of them once, then all of them again."""
+        target = Target(*(copies(getattr(self.target, part.name), n) for part in fields(Target)))
+        return _Batch(copies(self.index, n), copies(self.tokens, n), copies(self.spans, n), target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +94,13 @@ class ReferenceEngine:
     def n_prompts(self) -> int:
         return len(self.pairs)
 
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return self.pairs.span_names
+
     def activations(self, mask: Mask | None = None, *, source: WriterValues | None = None) -> ReferenceValues:
-        chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape).astype(float)
-        return self._collect(lambda batch: self._run(batch, chosen, source).values)
+        chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape, self.spans).astype(float)
+        return self._collect(lambda batch: self._run(batch, chosen, self._source_of(batch, source)).values)
 
     def source_values(self) -> ReferenceValues:
         return self._own_source
@@ -93,37 +108,62 @@ class ReferenceEngine:
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        checked = checked_mask(masks, (1, *self.graph.shape))
+        checked = checked_mask(masks, (1, *self.graph.shape), self.spans)
         out = np.zeros((len(checked), self.n_prompts))
         for lane, mask in enumerate(checked.astype(float)):
             for batch in self._batches:
-                out[lane, batch.index] = self.metric(self._run(batch, mask, source).logits, batch.target)
+                out[lane, batch.index] = self.metric(self._run(batch, mask, self._source_of(batch, source)).logits, batch.target)
         return out
 
-    def gradient(self, mask: Mask, *, source: WriterValues | None = None, mix: float = 1.0) -> Float[ndarray, "prompts readers writers"]:
+    def gradient(
+        self, mask: Mask, *, source: WriterValues | None = None, mix: float | Sequence[float] = 1.0, rule: Rule = EXACT
+    ) -> Float[ndarray, "prompts readers writers"]:
         """Central differences: each reader's input in the mixed run is pushed along `live_w - source_w` of the unmixed run."""
-        mask = checked_mask(mask, self.graph.shape).astype(float)
-        check_gradient(self.metric, mask, self.graph, mix)
-        out = np.zeros((self.n_prompts, *self.graph.shape))
+        mask = checked_mask(mask, self.graph.shape, self.spans).astype(float)
+        check_gradient(self.metric, mask, self.graph, mix, rule)
+        out = np.zeros((self.n_prompts, *mask.shape))
         for batch in self._batches:
-            direction = self._run(batch, mask, source).values - self._source_of(batch, source)
-            for r, w in np.argwhere(self.graph.visible):
-                up = self._run(batch, mask, source, mix, (r, STEP * direction[:, w]))
-                down = self._run(batch, mask, source, mix, (r, -STEP * direction[:, w]))
-                difference = self.metric(up.logits, batch.target) - self.metric(down.logits, batch.target)
-                out[batch.index, r, w] = difference / (2 * STEP)
+            source_values = self._source_of(batch, source)
+            direction = self._run(batch, mask, source_values).values - source_values
+            for one_mix in np.atleast_1d(mix):
+                slopes = _Slopes(self, batch, mask, source_values, float(one_mix), rule)
+                for r in range(len(self.graph.readers)):
+                    seen = np.flatnonzero(self.graph.visible[r])
+                    nudges = np.stack([there * direction[:, w] for w in seen for there in self._places(batch, mask)])
+                    found = np.moveaxis(slopes.of_edges(r, nudges), 0, -1).reshape(len(batch.index), len(seen), *mask.shape[2:])
+                    out[batch.index[:, None], r, seen] += found / np.size(mix)
+        return out
+
+    def _places(self, batch: _Batch, mask: Mask) -> list[Any]:
+        """1 where an edge of the mask is, at all positions or at those of each span."""
+        return [1.0] if mask.ndim == 2 else [np.where(batch.spans == span, 1.0, 0.0)[..., None] for span in range(len(self.spans))]
+
+    def source_gradient(self, mask: Mask, *, source: WriterValues | None = None) -> Float[ndarray, "prompts writers d_model"]:
+        """Central differences: one number of one vector at a time."""
+        mask = checked_mask(mask, self.graph.shape, self.spans).astype(float)
+        check_differentiable(self.metric)
+        width = self.model.embedding.shape[1]
+        out = np.zeros((self.n_prompts, len(self.graph.writers), width))
+        for batch in self._batches:
+            many, n = batch.times(width), len(batch.index)
+            source_values = copies(self._source_of(batch, source), width)
+            for w in range(len(self.graph.writers)):
+                shift = np.zeros_like(source_values)
+                shift[:, w] = STEP * np.repeat(np.eye(width), n, axis=0)[:, None]
+                up, down = (self.metric(self._run(many, mask, source_values + s).logits, many.target) for s in (shift, -shift))
+                out[batch.index, w] = ((up - down) / (2 * STEP)).reshape(width, n).T
         return out
 
     def reversed(self) -> ReferenceEngine:
-        """Refused for zero ablation, where there is nothing to restore."""
+        """Refused where there is nothing to restore."""
         check_reversible(self.source)
         pairs = replace(self.pairs, clean=self.pairs.corrupted, corrupted=self.pairs.clean)
         return replace(self, pairs=pairs, is_reversed=not self.is_reversed)
 
-    def _run(self, batch: _Batch, mask: Mask, source: WriterValues | None, mix: float = 1.0, nudge: Nudge | None = None) -> Run:
-        source_values = self._source_of(batch, source)
-        said = source_values[:, 0] + mix * (self.model.embed(batch.tokens) - source_values[:, 0])
-        return masked_run(self.model, self.graph, said, mask, source_values, nudge)
+    def _run(self, batch: _Batch, mask: Mask, source: Values, mix: float = 1.0, nudge: Nudge = NOTHING, memory: Memory = LIVE) -> Run:
+        said = source[:, 0] + mix * (self.model.embed(batch.tokens) - source[:, 0])
+        spans = batch.spans if mask.ndim == 3 else None
+        return masked_run(self.model, self.graph, said, mask, source, spans=spans, nudge=nudge, memory=memory)
 
     def _source_of(self, batch: _Batch, source: WriterValues | None) -> Values:
         values = self._own_source if source is None else source
@@ -148,12 +188,69 @@ class ReferenceEngine:
                 wrong_weights=bucket.wrong_answers.weights.astype(float),
                 clean_log_probs=log_softmax(self.model.forward(true_clean)[:, -1]),
             )
-            batches.append(_Batch(bucket.index, bucket.clean, target))
+            batches.append(_Batch(bucket.index, bucket.clean, bucket.spans, target))
         return tuple(batches)
 
     @cached_property
     def _own_source(self) -> ReferenceValues:
         return source_values(self.model, self.graph, self.pairs, self.source)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """Derivatives of the metric in one mixed run, by a rule."""
+
+    engine: ReferenceEngine
+    batch: _Batch
+    mask: Mask
+    source: Values
+    mix: float
+    rule: Rule
+
+    def of_edges(self, r: int, directions: Float[ndarray, "edges prompts position d_model"]) -> Float[ndarray, "edges prompts"]:
+        """Along edges into one reader; a direction is `live_w - source_w` at the positions in question."""
+        reader = self.engine.graph.readers[r]
+        if self.rule.patterns == "recomputed" and reader.kind in ("q", "k"):
+            if reader.layer == self.rule.dropped_layer:
+                return np.zeros(directions.shape[:2])
+            patched = [dict(self._patched(reader, direction)) for direction in directions]
+            return -self._along({head: np.stack([change[head] for change in patched]) for head in patched[0]}, len(directions))
+        return self._along({reader: directions}, len(directions))
+
+    def _along(self, nudge: Nudge, n: int) -> Float[ndarray, "nudges prompts"]:
+        """Along `n` nudges, each on its own copy of the prompts."""
+        batch, source = self.batch.times(n), copies(self.source, n)
+        up, down = (
+            self.engine._run(
+                batch,
+                self.mask,
+                source,
+                self.mix,
+                {end: step * np.concatenate(by) for end, by in nudge.items()},
+                self._first.memory.again(n),
+            )
+            for step in (STEP, -STEP)
+        )
+        difference: Float[ndarray, " prompts"] = self.engine.metric(up.logits, batch.target) - self.engine.metric(down.logits, batch.target)
+        return difference.reshape(n, -1) / (2 * STEP)
+
+    def _patched(self, reader: Reader, direction: Stream) -> Iterator[tuple[Writer, Stream]]:
+        """The heads that take their queries, or keys, from a reader, with how what each says changes where an edge alone is patched."""
+        attention = self.engine.model.layers[reader.layer].attention
+        assert attention is not None  # it has a reader
+        changed = "qkv".index(reader.kind)
+        for h in range(attention.n_heads):
+            ends = [Reader(kind, reader.layer, h) for kind in get_args(HeadInput)]
+            if self.engine.graph.reader_id(ends[changed]) == self.engine.graph.reader_id(reader):
+                heard = [self._first.heard[end] for end in ends]
+                before = attention.head(h, *heard)
+                heard[changed] = heard[changed] - direction
+                yield Writer("head", reader.layer, h), attention.head(h, *heard) - before
+
+    @cached_property
+    def _first(self) -> Run:
+        """The mixed run itself, which writes down what the rule freezes."""
+        return self.engine._run(self.batch, self.mask, self.source, self.mix, memory=Memory(self.rule))
 
 
 @dataclass
@@ -165,47 +262,71 @@ class Run:
     source: Values
     values: Values
     constant: Stream  # what has been added to the stream so far by nobody: output biases
-    nudge: Nudge | None = None
+    spans: Tokens | None  # of a mask with spans, which one every position is in
+    nudge: Nudge
+    memory: Memory
+    heard: dict[Reader, Stream] = field(default_factory=dict)
     logits: Float[ndarray, "prompts vocabulary"] | None = None
 
-    def read(self, reader: Reader) -> Stream:
-        """The input of a reader: the equation at the top of this file."""
-        r = self.graph.reader_id(reader)
+    def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
+        """The input of a reader, or of a head's reader: the equation at the top of this file."""
+        r = self.graph.reader_id(Reader(kind, layer, index))
         x = self.constant.copy()
         for w in np.flatnonzero(self.graph.visible[r]):
-            x += self.mask[r, w] * self.values[:, w] + (1 - self.mask[r, w]) * self.source[:, w]
-        return x if self.nudge is None or self.nudge[0] != r else x + self.nudge[1]
+            m = self.mask[r, w] if self.spans is None else self.mask[r, w][self.spans][..., None]
+            x += m * self.values[:, w] + (1 - m) * self.source[:, w]
+        x += self.nudge.get(self.graph.readers[r], 0.0)
+        is_dropped = kind != "logits" and layer == self.memory.rule.dropped_layer
+        heard: Stream = self.memory.held(is_dropped, x)
+        self.heard[Reader(kind, layer, index)] = heard
+        return heard
 
     def write(self, writer: Writer, value: Stream) -> None:
         self.values[:, self.graph.writer_id(writer)] = value
 
 
-def masked_run(model: ReferenceModel, graph: Graph, said: Stream, mask: Mask, source: Values, nudge: Nudge | None = None) -> Run:
+def masked_run(
+    model: ReferenceModel,
+    graph: Graph,
+    said: Stream,
+    mask: Mask,
+    source: Values,
+    *,
+    spans: Tokens | None = None,
+    nudge: Nudge = NOTHING,
+    memory: Memory = LIVE,
+) -> Run:
     """Run the model under a mask; `said` is what the input says."""
-    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said), nudge)
+    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said), spans, nudge, memory)
     run.write(Writer("input"), said)
     for number, layer in enumerate(model.layers):
         _run_layer(run, number, layer)
-    run.logits = model.unembed(run.read(Reader("logits"))[:, -1])
+    run.logits = model.unembed(run.read("logits")[:, -1], memory)
     return run
 
 
 def _run_layer(run: Run, number: int, layer: ReferenceLayer) -> None:
     constant = run.constant
     if layer.attention is not None:
-        heads = [
-            layer.attention.head(h, *(run.read(Reader(kind, number, h)) for kind in ("q", "k", "v")))
-            for h in range(layer.attention.n_heads)
-        ]
-        parts, rest = layer.attention.parts(heads)
-        for h, part in enumerate(parts):
-            run.write(Writer("head", number, h), part)
-        constant = run.constant + rest
+        constant = run.constant + _run_attention(run, number, layer.attention)
     if not layer.is_parallel:
         run.constant = constant
     if layer.mlp is not None:
-        run.write(Writer("mlp", number), layer.mlp(run.read(Reader("mlp", number))))
+        run.write(Writer("mlp", number), layer.mlp(run.read("mlp", number), run.memory))
     run.constant = constant
+
+
+def _run_attention(run: Run, number: int, attention: ReferenceAttention) -> Stream:
+    """Runs the heads; what the attention adds to the stream that is no head's."""
+    names = [Writer("head", number, h) for h in range(attention.n_heads)]
+    heads = [
+        attention.head(h, *(run.read(kind, number, h) for kind in get_args(HeadInput)), memory=run.memory) + run.nudge.get(name, 0.0)
+        for h, name in enumerate(names)
+    ]
+    parts, rest = attention.parts(heads, run.memory)
+    for name, part in zip(names, parts, strict=True):
+        run.write(name, part)
+    return rest
 
 
 def source_values(model: ReferenceModel, graph: Graph, pairs: PromptPairs, source: Source) -> ReferenceValues:
@@ -215,6 +336,8 @@ def source_values(model: ReferenceModel, graph: Graph, pairs: PromptPairs, sourc
         return ReferenceValues(tuple(corrupted))
     if source.kind == "zero":
         return ReferenceValues(tuple(np.zeros_like(values) for values in corrupted))
+    if source.constants is not None:
+        return ReferenceValues(tuple(np.broadcast_to(source.constants[:, None], values.shape).copy() for values in corrupted))
     pool = corrupted if source.data is None else _plain_values(model, graph, source.data.clean)
     if source.kind == "mean":
         mean = np.concatenate(pool, axis=1).mean(axis=1, keepdims=True)

@@ -14,6 +14,7 @@ from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.testing._reference_parts import Activation, ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
+from circuitgraph.testing._reference_rules import LIVE, Memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -73,9 +74,9 @@ class ReferenceModel:
         x: Float[ndarray, "prompts position d_model"] = self.embedding_scale * self.embedding[tokens]
         return x if self.positions is None else x + self.positions[: tokens.shape[-1]]
 
-    def unembed(self, stream: Float[ndarray, "*batch d_model"]) -> Float[ndarray, "*batch vocabulary"]:
+    def unembed(self, stream: Float[ndarray, "*batch d_model"], memory: Memory = LIVE) -> Float[ndarray, "*batch vocabulary"]:
         """The logits of a final residual stream."""
-        x = stream if self.final_norm is None else self.final_norm(stream)
+        x = stream if self.final_norm is None else self.final_norm(stream, memory)
         logits: Float[ndarray, "*batch vocabulary"] = self.logit_scale * (x @ self.unembedding.T)
         return logits if self.logit_softcap is None else self.logit_softcap * np.tanh(logits / self.logit_softcap)
 

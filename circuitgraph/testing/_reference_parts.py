@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from circuitgraph._errors import unknown_name
+from circuitgraph.testing._reference_rules import LIVE, Memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -32,15 +33,16 @@ class ReferenceNorm:
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
 
-    def __call__(self, x: Stream) -> Stream:
-        shared = self.share(x, x)
+    def __call__(self, x: Stream, memory: Memory = LIVE) -> Stream:
+        shared = self.share(x, x, memory)
         return shared if self.bias is None else shared + self.bias
 
-    def share(self, part: Stream, total: Stream) -> Stream:
+    def share(self, part: Stream, total: Stream, memory: Memory = LIVE) -> Stream:
         """A part of a sum, normalised by the scale of the whole sum: the shares of all parts add up to the normed sum, less the bias."""
         if self.kind == "layer":
             part, total = part - part.mean(-1, keepdims=True), total - total.mean(-1, keepdims=True)
-        share: Stream = part / np.sqrt((total**2).mean(-1, keepdims=True) + self.eps) * self.gain
+        scale = np.sqrt((total**2).mean(-1, keepdims=True) + self.eps)
+        share: Stream = part / memory.held(memory.rule.norms == "frozen", scale) * self.gain
         return share
 
 
@@ -77,20 +79,21 @@ class ReferenceAttention:
         said: Stream = self.scale * _normed(self.post_norm, whole)
         return said
 
-    def head(self, h: int, q_input: Stream, k_input: Stream, v_input: Stream) -> Stream:
+    def head(self, h: int, q_input: Stream, k_input: Stream, v_input: Stream, *, memory: Memory = LIVE) -> Stream:
         """What head `h` says, before the post-norm, when its three inputs read three different streams."""
         group = h * self.n_kv_heads // self.n_heads
-        q = _linear(_normed(self.norm, q_input), self.q[h], None if self.q_bias is None else self.q_bias[h])
-        k = _linear(_normed(self.norm, k_input), self.k[group], None if self.k_bias is None else self.k_bias[group])
-        v = _linear(_normed(self.norm, v_input), self.v[group], None if self.v_bias is None else self.v_bias[group])
+        q = _linear(_normed(self.norm, q_input, memory), self.q[h], None if self.q_bias is None else self.q_bias[h])
+        k = _linear(_normed(self.norm, k_input, memory), self.k[group], None if self.k_bias is None else self.k_bias[group])
+        v = _linear(_normed(self.norm, v_input, memory), self.v[group], None if self.v_bias is None else self.v_bias[group])
         if self.rotary_base is not None:
             q, k = _rotate(q, self.rotary_base), _rotate(k, self.rotary_base)
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
         is_future = np.triu(np.ones(scores.shape[-2:], dtype=bool), k=1)
-        said: Stream = softmax(np.where(is_future, -np.inf, scores)) @ v @ self.o[h].T
+        pattern = memory.held(memory.rule.patterns == "frozen", softmax(np.where(is_future, -np.inf, scores)))
+        said: Stream = pattern @ v @ self.o[h].T
         return said
 
-    def parts(self, heads: list[Stream]) -> tuple[list[Stream], Stream]:
+    def parts(self, heads: list[Stream], memory: Memory = LIVE) -> tuple[list[Stream], Stream]:
         """What each head adds to the stream, and what the attention adds that is no head's: the output bias.
 
         A post-norm's scale is that of all heads together, so the parts add up to the normed whole.
@@ -98,8 +101,8 @@ class ReferenceAttention:
         rest = np.zeros_like(heads[0]) + (0.0 if self.o_bias is None else self.o_bias)
         if self.post_norm is not None:
             whole = sum(heads, rest)
-            heads = [self.post_norm.share(head, whole) for head in heads]
-            rest = self.post_norm.share(rest, whole) + (0.0 if self.post_norm.bias is None else self.post_norm.bias)
+            heads = [self.post_norm.share(head, whole, memory) for head in heads]
+            rest = self.post_norm.share(rest, whole, memory) + (0.0 if self.post_norm.bias is None else self.post_norm.bias)
         return [self.scale * head for head in heads], self.scale * rest
 
 
@@ -118,11 +121,14 @@ class ReferenceMLP:
     post_norm: ReferenceNorm | None = None
     scale: float = 1.0
 
-    def __call__(self, x: Stream) -> Stream:
-        x = _normed(self.norm, x)
+    def __call__(self, x: Stream, memory: Memory = LIVE) -> Stream:
+        x = _normed(self.norm, x, memory)
         up = _linear(x, self.up, self.up_bias)
-        hidden = activate(self.act, up) if self.gate is None else activate(self.act, _linear(x, self.gate, self.gate_bias)) * up
-        said: Stream = self.scale * _normed(self.post_norm, _linear(hidden, self.down, self.down_bias))
+        if self.gate is None:
+            hidden = activate(self.act, up, memory)
+        else:
+            hidden = memory.product(activate(self.act, _linear(x, self.gate, self.gate_bias), memory), up)
+        said: Stream = self.scale * _normed(self.post_norm, _linear(hidden, self.down, self.down_bias), memory)
         return said
 
 
@@ -144,11 +150,13 @@ _ACTIVATIONS: dict[Activation, Callable[[Any], Any]] = {
 }
 
 
-def activate(act: Activation, x: Stream) -> Stream:
+def activate(act: Activation, x: Stream, memory: Memory = LIVE) -> Stream:
     """An activation function by name. `identity` makes an MLP linear, for tests with exact answers."""
     if act not in _ACTIVATIONS:
         raise unknown_name("activation", act, _ACTIVATIONS)
     y: Stream = _ACTIVATIONS[act](x)
+    if memory.rule.activations == "ratio":
+        y = x * memory.held(True, np.divide(y, x, out=np.zeros_like(y), where=x != 0))
     return y
 
 
@@ -166,8 +174,8 @@ def _linear(
     return y if bias is None else y + bias
 
 
-def _normed(norm: ReferenceNorm | None, x: Stream) -> Stream:
-    return x if norm is None else norm(x)
+def _normed(norm: ReferenceNorm | None, x: Stream, memory: Memory = LIVE) -> Stream:
+    return x if norm is None else norm(x, memory)
 
 
 def _rotate(x: Float[ndarray, "prompts position d_head"], base: float) -> Float[ndarray, "prompts position d_head"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph._architecture import MLP, Architecture, Attention, Block, Norm, Projection
-from circuitgraph._engine import Check, Source, SourceKind
+from circuitgraph._engine import Check, Source, SourceKind, check_source
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
@@ -77,6 +77,7 @@ class ReferenceTrace:
         for asked in (pairs, origin.data):
             if asked is not None:
                 check_vocabulary(asked, self.model.vocabulary)
+        check_source(origin, self.graph, self.model.embedding.shape[1])
         return ReferenceEngine(self.model, self.graph, pairs, chosen, origin)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:

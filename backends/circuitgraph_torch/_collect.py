@@ -1,0 +1,87 @@
+"""What is made of the gradients of readers' inputs, site by site: a score for every edge, or a gradient for what a writer says in the
+source. Both may be by span.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from circuitgraph._sites import Site, Sites
+from circuitgraph_torch._bank import to_tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from numpy import ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """The span of every position, `[prompts, position]`, and how many spans there are."""
+
+    index: Tensor
+    count: int
+
+    def sums(self, values: Tensor, *, last_only: bool = False) -> Tensor:
+        """`[prompts, position, ...]` to `[prompts, spans, ...]`: summed over the positions of each span."""
+        index = self.index[:, -1:] if last_only else self.index
+        is_in = functional.one_hot(index, self.count).to(values)
+        return torch.bmm(is_in.transpose(1, 2), values.flatten(2)).view(len(values), self.count, *values.shape[2:])
+
+
+class Collector(Protocol):
+    def add(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor, *, last_only: bool = False) -> None:
+        """Take the gradients of some readers of a site, `[some, prompts, position, d_model]`; `last_only`: at the last position."""
+        ...
+
+
+class EdgeScores:
+    """`<dF/dx_r, live_w - source_w>` for every edge: one matrix product a site.
+
+    `differences` are `[writers, prompts, position, d_model]`. There may be several times as many rows of gradients as prompts, from runs
+    of the same prompts one after the other (see `mix`); these are added up before the product.
+    """
+
+    def __init__(self, sites: Sites, differences: Tensor, spans: Spans | None = None) -> None:
+        self._differences, self._spans = differences, spans
+        by_span = () if spans is None else (spans.count,)
+        self.scores: Float[ndarray, "prompts readers writers"] = np.zeros((differences.shape[1], *sites.graph.shape, *by_span))
+
+    def add(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor, *, last_only: bool = False) -> None:
+        differences = self._differences[: site.n_visible]
+        differences = differences[:, :, -1:] if last_only else differences
+        n_prompts = differences.shape[1]
+        if grads.shape[1] != n_prompts:
+            grads = grads.unflatten(1, (-1, n_prompts)).sum(1)
+        if self._spans is None:
+            products = torch.bmm(grads.flatten(2).transpose(0, 1), differences.flatten(2).permute(1, 2, 0))
+        else:
+            at_positions = torch.bmm(grads.flatten(1, 2).transpose(0, 1), differences.flatten(1, 2).permute(1, 2, 0))
+            products = self._spans.sums(at_positions.unflatten(0, (n_prompts, -1)), last_only=last_only).permute(0, 2, 3, 1)
+        self.put(site, readers, products)
+
+    def put(self, site: Site, readers: Int[ndarray, " some"], products: Tensor) -> None:
+        """Scores of some readers of a site as they are, `[prompts, some, writers]`, by span if the others are."""
+        self.scores[:, site.first + readers, : site.n_visible] = products.double().cpu().numpy()
+
+
+class SourceGrads:
+    """The sum over readers and positions of `(1 - m[r, w]) * dF/dx_r` for every writer."""
+
+    def __init__(self, sites: Sites, mask: Float[ndarray, "readers writers"], like: Tensor, spans: Spans | None = None) -> None:
+        self._mask, self._spans = mask, spans
+        self.grads: Float[ndarray, "prompts writers d_model"] = np.zeros((len(like), len(sites.graph.writers), like.shape[-1]))
+
+    def add(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor, *, last_only: bool = False) -> None:
+        removed = to_tensor(1 - self._mask[site.first + readers, : site.n_visible], grads)
+        if self._spans is None:
+            parts = torch.einsum("rw,rnd->nwd", removed, grads.sum(2))
+        else:
+            sums = self._spans.sums(grads.permute(1, 2, 0, 3), last_only=last_only)
+            parts = torch.einsum("rws,nsrd->nwd", removed, sums)
+        self.grads[:, : site.n_visible] += parts.double().cpu().numpy()

@@ -1,0 +1,74 @@
+"""A norm of the model, with what its backward needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuitgraph._architecture import Norm
+
+
+@dataclass(frozen=True)
+class NormJoint:
+    """A norm module and what its backward needs: gain `[d_model]` (or a number), epsilon, kind.
+
+    Where it `is_frozen`, its scale (one over the root mean square, or over the standard deviation) is a constant: the forward is still the
+    module's own, and taking the mean away is still linear.
+    """
+
+    module: nn.Module
+    kind: str
+    eps: float
+    gain: Tensor | float
+
+    @classmethod
+    def of(cls, model: nn.Module, norm: Norm | None) -> NormJoint | None:
+        if norm is None:
+            return None
+        module = model.get_submodule(norm.path)
+        weight = getattr(module, "weight", None)
+        return cls(module, norm.kind, norm.eps, 1.0 if weight is None else weight.detach() + norm.gain_offset)
+
+    def __call__(self, x: Tensor, *, is_frozen: bool = False) -> Tensor:
+        y: Tensor = _Frozen.apply(x, self) if is_frozen else self.module(x)  # type: ignore[no-untyped-call]
+        return y
+
+    def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`."""
+        centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return centred * scale, scale
+
+    def backward_(self, grad: Tensor, x: Tensor, *, is_frozen: bool = False) -> Tensor:
+        """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""
+        xhat, scale = self.standardised(x)
+        grad.mul_(self.gain)
+        along = None if is_frozen else (grad * xhat).mean(-1, keepdim=True)
+        if self.kind == "layer":
+            grad.sub_(grad.mean(-1, keepdim=True))
+        return grad.mul_(scale) if along is None else grad.addcmul_(xhat, along, value=-1).mul_(scale)
+
+    def split(self, parts: Tensor, total: Tensor, *, is_frozen: bool = False) -> Tensor:
+        """The norm of `total`, shared out to `parts` that add up to it: all parts get the scale of the total."""
+        _, scale = self.standardised(total.detach() if is_frozen else total)
+        centred = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
+        return centred * (scale * self.gain)
+
+
+class _Frozen(torch.autograd.Function):
+    """A norm whose scale is a constant going back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: NormJoint) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        y: Tensor = norm.module(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.norm.backward_(grads[0].clone(), x, is_frozen=True), None
