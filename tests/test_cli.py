@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from circuitgraph import ACDC, Circuit, CircuitGraphError, _discover, _plugins, cli
 from circuitgraph.evaluation._question import Question
 from circuitgraph.files import save_mib
+from circuitgraph.selection import default_size
 
 Run = Callable[..., Result]
 MODEL = "<the model>"  # stands for a folder that every backend can load
@@ -97,7 +98,7 @@ def test_how_to_choose(run: Run, algorithm: tuple[str, ...], selector: dict[str,
         assert found["faithfulness"] == pytest.approx(chosen["faithfulness"], abs=1e-6)
         assert found["faithfulness"] >= 0.5
     else:
-        assert how["size"] == chosen["size"] == (9 if "--top" in algorithm else 20)
+        assert how["size"] == chosen["size"] == (9 if "--top" in algorithm else default_size(found["edges_total"]))
 
 
 def test_hyper_parameters_are_set_by_name(run: Run) -> None:
@@ -233,7 +234,7 @@ REFUSED = [
     ((*DISCOVER, "-a", "acdc", "--threshold", "1", "--set", "threshold=1"), "are one setting of acdc"),
     ((*DISCOVER, "-a", "eap", "--top", "5", "--faithfulness", "0.9"), "--top and --faithfulness exclude each other"),
     ((*DISCOVER, "-a", "eap", "--threshold", "1", "--select", "greedy"), "--threshold and --select exclude each other"),
-    ((*DISCOVER, "-a", "eap", "--select", "gredy"), "unknown selector 'gredy'; known: greedy, integer-program"),
+    ((*DISCOVER, "-a", "eap", "--select", "gredy"), "unknown selector 'gredy'; did you mean 'greedy'"),
     ((*DISCOVER, "-a", "eap", "--faithfulness", "-1"), "faithfulness is -1.0; expected a number above 0"),
     ((*DISCOVER, "-a", "activation-patching", "--faithfulness", "99"), "no size reaches a faithfulness of 99"),
     ((*DISCOVER, "-a", "activation-patching", "--select", "sign-consistent"), "no scores of single prompts"),

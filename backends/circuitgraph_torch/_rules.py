@@ -170,12 +170,15 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in _ACTIVATIONS and args and args[0] is live[0] and len(live) == 1 and not kwargs.get("inplace"):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), live[0], name)
+        if name == "__setitem__":
+            raise self.refusal(f"{name} with what depends on its input")
         result = func(*args, **kwargs)
-        if not any(True for _ in _tensors(result)):
+        made = [*_tensors(result)]
+        if not made:
             return result  # a shape, a dtype, a device
         if name in _PRODUCTS and len(live) == 2:
             return self._note(self._gate(result), self._live)
-        if not _is_linear(name, given, live):
+        if not _is_linear(name, given, live) or not all(tensor.is_floating_point() for tensor in made):
             raise self.refusal(f"{name} of what depends on its input")
         return self._note(result, self._live)
 

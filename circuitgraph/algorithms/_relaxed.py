@@ -30,12 +30,28 @@ def loss_gradient(
 ) -> Float[ndarray, "readers writers"]:
     """The gradient of `loss` in the mask; 0 at the model itself for a metric that is flat there."""
     visible = engine.graph.visible
-    if engine.metric.flat_at_clean and bool((mask[visible] == 1).all()):
+    if _is_flat(engine, mask):
         return np.zeros(visible.shape)
-    gradient = np.asarray(engine.gradient(mask.astype(np.float32), source=source), dtype=np.float64).mean(axis=0)
-    if not np.isfinite(gradient[visible]).all():
-        raise CircuitGraphError(f"the gradient of {engine.metric.name} in the mask is not finite; check the model's weights and dtype")
-    return np.where(visible, _sign(engine) * gradient, 0.0)
+    return np.where(visible, _downwards(engine, engine.gradient(mask.astype(np.float32), source=source)), 0.0)
+
+
+def source_slope(engine: Engine, mask: Float[ndarray, "readers writers"], source: WriterValues) -> Float[ndarray, "writers d_model"]:
+    """The gradient of `loss` in constants that writers say where they are patched."""
+    if _is_flat(engine, mask):
+        return np.zeros(source[0].shape[::2])
+    return _downwards(engine, engine.source_gradient(mask.astype(np.float32), source=source))
+
+
+def _downwards(engine: Engine, gradient: Float[ndarray, "prompts ..."]) -> Float[ndarray, ...]:
+    """The mean over prompts, of the loss."""
+    mean: Float[ndarray, ...] = _sign(engine) * np.asarray(gradient, dtype=np.float64).mean(axis=0)
+    if not np.isfinite(mean).all():
+        raise CircuitGraphError(f"the gradient of {engine.metric.name} is not finite; check the model's weights and dtype")
+    return mean
+
+
+def _is_flat(engine: Engine, mask: Float[ndarray, "readers writers"]) -> bool:
+    return engine.metric.flat_at_clean and bool((mask[engine.graph.visible] == 1).all())
 
 
 def _sign(engine: Engine) -> float:
@@ -61,9 +77,8 @@ def n_wanted(target: float, graph: Graph) -> int:
 
 def check_target(what: str, target: Any) -> None:
     """Raises `CircuitGraphError` unless it is a whole number of edges or a share of them."""
-    is_count = isinstance(target, Integral) and not isinstance(target, bool) and target >= 1
-    is_share = isinstance(target, Real) and not isinstance(target, Integral) and 0 < target <= 1
-    if not is_count and not is_share:
+    is_whole, is_number = isinstance(target, Integral), isinstance(target, Real) and not isinstance(target, bool)
+    if not is_number or target <= 0 or (not is_whole and not target <= 1):
         raise CircuitGraphError(f"{what} is {target!r}; expected a share of the edges, such as 0.05, or a whole number of them")
 
 
