@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from circuitgraph._engine import EXACT, Algorithm, Engine, Outcome, Rule, SteppedAlgorithm, WriterValues, checked_mask, last_outcome
+from circuitgraph._engine import (
+    EXACT,
+    Algorithm,
+    Engine,
+    Outcome,
+    Rule,
+    SteppedAlgorithm,
+    WriterValues,
+    checked_algorithm,
+    checked_mask,
+    last_outcome,
+)
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
@@ -47,8 +58,8 @@ class PerPosition:
     algorithm: Algorithm
 
     def __post_init__(self) -> None:
-        if isinstance(self.algorithm, type | PerPosition) or not isinstance(self.algorithm, Algorithm):
-            raise CircuitGraphError(f"per position: the algorithm is {self.algorithm!r}; expected an instance of one, such as EAP()")
+        if isinstance(checked_algorithm("per position: algorithm", self.algorithm), PerPosition):
+            raise CircuitGraphError(f"per position: algorithm: {self.algorithm!r}; expected one that is not per position already")
 
     @property
     def default_metric(self) -> str | None:
