@@ -139,7 +139,7 @@ def benchmark(
         traced = trace(model)
         for task in tasks:
             train = pose(traced, task, prompts=prompts, seed=seed, source=source)
-            test = pose(traced, task, prompts=test_prompts or prompts, seed=seed + 1, source=source)
+            test = pose(traced, task, prompts=test_prompts or prompts, seed=seed + 1, source=train.source)
             cells = _Cells(train, test, scale_of(test, traced.graph), _reference(references or {}, train), folder)
             for name, algorithm in chosen.items():
                 tell(len(results) / len(asked), f"{name} on {traced.name}, {train.task_name}")

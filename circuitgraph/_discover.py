@@ -18,7 +18,7 @@ from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, Sour
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
-from circuitgraph.evaluation._question import Question, digest, pose, warn
+from circuitgraph.evaluation._question import Question, digest, pose, source_digest, warn
 from circuitgraph.evaluation._report import Report, answer, with_report
 from circuitgraph.selection import default_size
 
@@ -174,7 +174,8 @@ def _provenance(question: Question, algorithm: Algorithm) -> dict[str, Any]:
         "prompts": len(question.pairs),
         "seed": question.seed,
         "source": question.source.kind,
-        "source_data": digest(question.source.data) if question.source.data else None,
+        "source_data": None if question.fitted_to else source_digest(question),
+        "source_fitted_to": question.fitted_to,
         "algorithm": described(algorithm),
         "versions": {"circuitgraph": _version(), "numpy": np.__version__, **versions},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

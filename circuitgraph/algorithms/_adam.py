@@ -19,7 +19,7 @@ class Adam:
         mean = b1 * mean + (1 - b1) * g      square = b2 * square + (1 - b2) * g^2
         step = -learning_rate * (mean / (1 - b1^t)) / (sqrt(square / (1 - b2^t)) + epsilon)
 
-    A parameter whose gradient was always 0 does not move. `b2` is below the paper's 0.999, because the second mean must follow tens of steps.
+    A parameter whose gradient was always 0 does not move. `b2` is below the paper's 0.999: the second mean must follow tens of steps.
 
     >>> Adam(learning_rate=0.1).step(np.array([2.0, 0.0, -0.01])).round(3) + 0.0
     array([-0.1,  0. ,  0.1])

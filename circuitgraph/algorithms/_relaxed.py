@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph._engine import Engine, WriterValues
-from circuitgraph._errors import CircuitGraphError
+from circuitgraph._errors import CircuitGraphError, DegenerateError
 from circuitgraph._graph import Graph
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ def loss(engine: Engine, mask: Any, *, source: WriterValues | None = None) -> fl
     return float(_sign(engine) * values.mean())
 
 
+def gap(engine: Engine, *, source: WriterValues | None = None) -> float:
+    """How far apart the losses of the model and of its source run are: the unit of a price. Raises `DegenerateError` for 0."""
+    ends = np.stack([engine.graph.visible, np.zeros(engine.graph.shape)]).astype(np.float32)
+    model, patched = np.asarray(engine.evaluate(ends, source=source), dtype=np.float64).mean(axis=1)
+    if not abs(model - patched) > 0:
+        raise DegenerateError(f"{engine.metric.name} is {model:.4g} in the model and in the source run, so no part of it is worth a price")
+    return float(abs(model - patched))
+
+
 def loss_gradient(
     engine: Engine, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
 ) -> Float[ndarray, "readers writers"]:
@@ -32,13 +41,15 @@ def loss_gradient(
     visible = engine.graph.visible
     if _is_flat(engine, mask):
         return np.zeros(visible.shape)
-    return np.where(visible, _downwards(engine, engine.gradient(mask.astype(np.float32), source=source)), 0.0)
+    down = _downwards(engine, engine.gradient(mask.astype(np.float32), source=source))
+    return np.where(visible, down, 0.0)
 
 
 def source_slope(engine: Engine, mask: Float[ndarray, "readers writers"], source: WriterValues) -> Float[ndarray, "writers d_model"]:
     """The gradient of `loss` in constants that writers say where they are patched."""
     if _is_flat(engine, mask):
-        return np.zeros(source[0].shape[::2])
+        n_writers, _, d_model = source[0].shape
+        return np.zeros((n_writers, d_model))
     return _downwards(engine, engine.source_gradient(mask.astype(np.float32), source=source))
 
 

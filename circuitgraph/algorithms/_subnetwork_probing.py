@@ -12,7 +12,7 @@ from circuitgraph._engine import Engine, Outcome, last_outcome
 from circuitgraph._errors import whole_number
 from circuitgraph.algorithms import _hard_concrete as hc
 from circuitgraph.algorithms._adam import Adam
-from circuitgraph.algorithms._relaxed import is_record_due, loss, loss_gradient, number
+from circuitgraph.algorithms._relaxed import gap, is_record_due, loss, loss_gradient, number
 
 INITIAL = hc.log_alpha_of(0.9)  # masks begin at 0.9, as in the papers' code
 
@@ -22,16 +22,17 @@ class SubnetworkProbing:
     """Heads and MLPs at once, by gradient descent in a relaxed mask with a price per node (Cao, Sanh & Rush 2021, arXiv:2104.03514, as
     Conmy et al. 2023 put it to circuits).
 
-        minimise over the log alphas   mean loss at m[r, w] = z[w]   + penalty * sum over writers of P(z[w] > 0)
+        minimise over the log alphas   mean loss at m[r, w] = z[w]   + penalty * G * sum over writers of P(z[w] > 0)
 
     `z` are hard-concrete samples (Louizos et al. 2018), one per writer, on all its outgoing edges; one mask is sampled a step. The input
-    is never masked, as in Conmy et al. The papers' code has a price on the mean over nodes: that is `penalty` times their number. A node
-    is worth keeping where it lowers the loss by more than `penalty`. Loss: KL divergence to the clean run, unless another metric is given.
+    is never masked, as in Conmy et al. `G` is the loss of the source run over that of the model, so a node is worth keeping where it keeps
+    more than the share `penalty` of what sets the model apart; the papers' code has a price on the mean over nodes, in the loss's own
+    units: penalty * G * their number. Loss: KL divergence to the clean run, unless another metric is given.
 
     Kept are all edges from writers whose mask without chance is above 1/2, without those on no path from the input to the logits.
     Conmy et al. mask the `q`, `k` and `v` of a head apart; here a head is one writer.
 
-    Cost: one gradient (a forward and a backward pass) per step, and 10 forward passes for the record.
+    Cost: one gradient (a forward and a backward pass) per step, and 12 forward passes for the record.
 
     A writer's score, the probability that its mask is not 0, stands on each of its outgoing edges; `record["nodes"]` has it by the
     writer's name, `record["sparsity"]` the expected share of nodes that is gone after each step, and `record["loss"]` (step, value) the
@@ -48,9 +49,9 @@ class SubnetworkProbing:
 
     default_metric: ClassVar[str] = "kl"
 
-    penalty: float = 0.05
+    penalty: float = 0.02
     n_steps: int = 60
-    learning_rate: float = 0.2
+    learning_rate: float = 0.4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,12 +67,12 @@ class SubnetworkProbing:
         """An outcome after every step; the last one has the record."""
         graph, rng, adam = engine.graph, np.random.default_rng(self.seed), Adam(self.learning_rate)
         is_masked = np.array([writer.kind != "input" for writer in graph.writers])
-        log_alpha = np.full(len(graph.writers), INITIAL)
+        log_alpha, price = np.full(len(graph.writers), INITIAL), self.penalty * gap(engine)
         sparsity, losses = [], []
         for step in range(1, self.n_steps + 1):
             z, z_slope = hc.sample(log_alpha, hc.uniform(rng, log_alpha.shape))
             slope = loss_gradient(engine, graph.visible * np.where(is_masked, z, 1.0)).sum(axis=0)
-            down = slope * z_slope + self.penalty * hc.expected_l0(log_alpha)[1]
+            down = slope * z_slope + price * hc.expected_l0(log_alpha)[1]
             log_alpha = log_alpha + adam.step(np.where(is_masked, down, 0.0))
 
             nodes = np.where(is_masked, hc.expected_l0(log_alpha)[0], 1.0)

@@ -13,7 +13,7 @@ from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph.algorithms._adam import Adam
 from circuitgraph.algorithms._constant_values import ConstantValues, writer_means
 from circuitgraph.algorithms._hard_concrete import sigmoid
-from circuitgraph.algorithms._relaxed import is_record_due, loss, loss_gradient, number, source_slope
+from circuitgraph.algorithms._relaxed import gap, is_record_due, loss, loss_gradient, number, source_slope
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,13 +26,14 @@ Ablation = Literal["source", "optimal"]
 class UniformGradientSampling:
     """A keep-probability per edge, by gradient descent (UGS; Li & Janson 2024, arXiv:2409.09951).
 
-        minimise over theta, with p = sigmoid(theta)   mean loss at m + penalty * sum over edges of p
+        minimise over theta, with p = sigmoid(theta)   mean loss at m + penalty * G * sum over edges of p
         m[r, w] is uniform on (0, 1) with probability p (1 - p), and else 1 with probability p, so that its mean is p
         d loss / dp[r, w] = mean over the samples where m[r, w] is undecided of d loss / dm[r, w]
 
     The mean of the derivative over a uniform mask is what keeping the edge changes, so nothing is relaxed in the mean, unlike with
-    hard-concrete masks. An edge is worth keeping where it lowers the loss by more than `penalty`. Loss: KL divergence to the clean run,
-    unless another metric is given. Kept are the edges with p above 1/2, without those on no path from the input to the logits.
+    hard-concrete masks. `G` is the loss of the source run over that of the model, so an edge is worth keeping where it keeps more than
+    the share `penalty` of what sets the model apart. Loss: KL divergence to the clean run, unless another metric is given. Kept are the
+    edges with p above 1/2, without those on no path from the input to the logits.
 
     `ablation`: "source", what the engine's source says in place of an edge; "optimal", one constant per writer, trained together with
     the probabilities from the mean over clean prompts and positions (the paper's circuits). What is found with them wants to be
@@ -41,7 +42,7 @@ class UniformGradientSampling:
     Different from the paper's code: `n_samples` masks a step, each for all prompts (12 for each of 5 prompts there), no second penalty
     on nodes, dead edges go at the end and not from every sample, and tens of steps with a learning rate for that.
 
-    Cost: `n_samples` gradients (a forward and a backward pass) per step, twice with "optimal", and 10 forward passes for the record.
+    Cost: `n_samples` gradients (a forward and a backward pass) per step, twice with "optimal", and 12 forward passes for the record.
 
     Scores are the probabilities. The record has `sparsity` (the expected share that is gone, after each step) and `loss` (step, value:
     of the circuit so far).
@@ -57,7 +58,7 @@ class UniformGradientSampling:
 
     default_metric: ClassVar[str] = "kl"
 
-    penalty: float = 0.01
+    penalty: float = 0.002
     n_steps: int = 50
     n_samples: int = 2
     learning_rate: float = 0.3
@@ -82,6 +83,7 @@ class UniformGradientSampling:
         """An outcome after every step; the last one has the record."""
         graph, rng, adam = engine.graph, np.random.default_rng(self.seed), Adam(self.learning_rate)
         constants = _Constants(engine, self.learning_rate) if self.ablation == "optimal" else None
+        price = self.penalty * gap(engine, source=constants.values if constants else None)
         theta = np.full(graph.shape, float(self.initial))
         sparsity, losses = [], []
         for step in range(1, self.n_steps + 1):
@@ -91,7 +93,7 @@ class UniformGradientSampling:
             slopes = [loss_gradient(engine, graph.visible * mask, source=source) for mask in masks]
             if constants is not None:
                 constants.go_down(masks)
-            theta = theta + adam.step(np.where(graph.visible, p * (1 - p) * (mean_where_undecided(slopes, masks) + self.penalty), 0.0))
+            theta = theta + adam.step(np.where(graph.visible, p * (1 - p) * (mean_where_undecided(slopes, masks) + price), 0.0))
 
             scores = np.where(graph.visible, sigmoid(theta), 0.0)
             kept = graph.prune_dead(scores > 0.5)

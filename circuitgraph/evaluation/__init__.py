@@ -31,6 +31,7 @@ from circuitgraph.evaluation._measures import measures_named as measures_named
 from circuitgraph.evaluation._minimality import Minimality as Minimality
 from circuitgraph.evaluation._minimality import Need as Need
 from circuitgraph.evaluation._minimality import Needs as Needs
+from circuitgraph.evaluation._optimal_source import optimal_source as optimal_source
 from circuitgraph.evaluation._protocol import Protocol as Protocol
 from circuitgraph.evaluation._protocol import check_comparable as check_comparable
 from circuitgraph.evaluation._question import CircuitGraphWarning as CircuitGraphWarning

@@ -155,9 +155,10 @@ def evaluate(
     `measures`: names ("completeness", "minimality", "curve", "tests") or instances with other settings, such as `Curve(mib_compat=True)` or
     `Agreement(reference)`. Their cost in forward passes stands in their docs. `progress` is told a fraction and a text before each.
 
-    `metric` and `source` are those the circuit was found with, unless given. Use another `seed` than discovery did for prompts that the
-    circuit was not fitted to. Refuses and warns of what `discover` does, and `CircuitGraphError` is raised when the circuit is of another
-    graph; a task or weights that have changed since it was found are warned of.
+    `metric` and `source` are those the circuit was found with, unless given. Constants of the source "optimal" are those of discovery,
+    too: fitted once more to the prompts that it drew, whatever `prompts` and `seed` are now. Use another `seed` than discovery did for
+    prompts that the circuit was not fitted to. Refuses and warns of what `discover` does, and `CircuitGraphError` is raised when the
+    circuit is of another graph; a task or weights that have changed since it was found are warned of.
 
     >>> report = evaluate("zoo:induction-2l", "induction", circuit, seed=1)   # doctest: +SKIP
     >>> print(report)                                                         # doctest: +SKIP
@@ -167,7 +168,8 @@ def evaluate(
     chosen = measures_named(measures)
     found: Mapping[str, Any] = circuit.provenance
     if source is None and found.get("source_data"):
-        raise CircuitGraphError("the circuit was found with a mean over its own data set; pass that source to evaluate()")
+        what = "constants of its own" if found.get("source") == "optimal" else "a mean over its own data set"
+        raise CircuitGraphError(f"the circuit was found with {what}; pass that source to evaluate()")
     question = pose(
         model,
         task,
@@ -176,6 +178,7 @@ def evaluate(
         metric=metric if metric is not None else found.get("metric"),
         source=source if source is not None else found.get("source", "corrupted"),
         backend=backend,
+        found=found if source is None else None,
     )
     _warn_of_changes(found, question)
     question.check()
