@@ -69,6 +69,7 @@ from circuitgraph.evaluation import check_comparable as check_comparable
 from circuitgraph.evaluation import compare as compare
 from circuitgraph.evaluation import confidence as confidence
 from circuitgraph.evaluation import evaluate as evaluate
+from circuitgraph.evaluation import optimal_source as optimal_source
 from circuitgraph.evaluation import stability as stability
 from circuitgraph.selection import Greedy as Greedy
 from circuitgraph.selection import IntegerProgram as IntegerProgram
