@@ -24,8 +24,6 @@ from circuitgraph.evaluation._scale import Scale, scale_of
 from circuitgraph.files import parse_json, read_bytes, write_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from circuitgraph._task import Task
 
 SCHEMA = 1
@@ -95,17 +93,13 @@ class Benchmark:
         refused = [f"- {r.algorithm} on {r.model}, {r.task}: {r.refused}" for r in self.results if r.refused is not None]
         return table + ("\n\nNo answer:\n\n" + "\n".join(refused) if refused else "") + "\n"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"schema": SCHEMA, "results": [asdict(result) for result in self.results]}
+
     def to_json(self) -> str:
         """One JSON object."""
-        return json.dumps({"schema": SCHEMA, "results": [asdict(result) for result in self.results]}, indent=1, allow_nan=False)
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(*_COLUMNS, box=None, pad_edge=False)
-        for result in self.results:
-            table.add_row(*result.row())
-        return table
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -120,15 +114,16 @@ def benchmark(
     prompts: int = 32,
     test_prompts: int | None = None,
     seed: int = 0,
-    backend: str = "torch",
     source: Source | SourceKind = "corrupted",
     references: Mapping[str, Circuit] | None = None,
+    trace: Callable[[Any], TracedModel] = _plugins.traced,
     progress: Callable[[float, str], None] | None = None,
 ) -> Benchmark:
     """Run every algorithm on every task and model, and measure all in the same way.
 
     Discovery sees `prompts` of the task drawn by `seed`; the numbers are of `test_prompts` (default: as many) drawn by the next seed.
-    Random and magnitude scores are always in it. `references`: published circuits by task; each counts for the models that have its graph.
+    Random and magnitude scores are always in it. `references`: published circuits by task; each counts for the models that have its
+    graph. `trace` makes a traced model of what `models` holds.
 
     Every finished cell is a file in `folder`, and the table is `table.md` and `table.json` there; when it is run again, cells that were
     asked in exactly the same way are read, not repeated. What an algorithm refuses is a cell that says so.
@@ -141,10 +136,10 @@ def benchmark(
     results: list[Result] = []
     tell = progress or (lambda fraction, text: None)
     for model in models:
-        traced = _plugins.traced(model, backend=backend)
+        traced = trace(model)
         for task in tasks:
             train = pose(traced, task, prompts=prompts, seed=seed, source=source)
-            test = pose(traced, task, prompts=test_prompts or prompts, seed=seed + 1, source=source)
+            test = pose(traced, task, prompts=test_prompts or prompts, seed=seed + 1, source=train.source)
             cells = _Cells(train, test, scale_of(test, traced.graph), _reference(references or {}, train), folder)
             for name, algorithm in chosen.items():
                 tell(len(results) / len(asked), f"{name} on {traced.name}, {train.task_name}")

@@ -10,7 +10,7 @@ from typing import Any
 from circuitgraph import _discover, _plugins
 from circuitgraph._errors import CircuitGraphError, unknown_name
 from circuitgraph.algorithms import ACDC, Selected
-from circuitgraph.selection import Greedy, IntegerProgram, Selector, SignConsistent, SignedTopN, TopN, default_size
+from circuitgraph.selection import Greedy, IntegerProgram, Selector, SignConsistent, SignedTopN, Threshold, TopN, default_size
 
 ACDC_THRESHOLD = 0.01
 SELECTORS: dict[str, type[Selector]] = {
@@ -64,6 +64,26 @@ def _chosen(method: Any, choosing: Choosing) -> tuple[Any, Any]:
     if choosing.select not in (None, *SELECTORS):
         raise unknown_name("selector", choosing.select, SELECTORS)
     return Selected(method, SELECTORS[choosing.select or "top"](), size=choosing.top, faithfulness=choosing.faithfulness), None
+
+
+def deciding(name: str, settings: Sequence[str], choosing: Choosing) -> Any:
+    """The algorithm as one that keeps some edges only, for what repeats it and looks at its circuits. `sized` makes it whole."""
+    method, choose = algorithm(name, settings, choosing)
+    if choose is None:
+        return method
+    if choosing.threshold is not None:
+        return Selected(method, Threshold(choosing.threshold))
+    return Selected(method, size=choosing.top)
+
+
+def named(text: str) -> tuple[str, Any]:
+    """An algorithm and what to call it, from `eap-ig` or, with hyper-parameters, `eap-ig:path=mask:points=16`.
+
+    >>> named("eap-ig:points=2")
+    ('eap-ig:points=2', EAPIG(path='inputs', points=2, quadrature='midpoint'))
+    """
+    name, *settings = text.split(":")
+    return text, algorithm(name, settings, Choosing())[0]
 
 
 def sized(method: Any, n_edges: int) -> Any:

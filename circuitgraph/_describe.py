@@ -23,12 +23,13 @@ def described(task: Task, preparation: Preparation) -> str:
         template = f" ({pairs.templates[i]})" if pairs.templates and pairs.templates[i] else ""
         lines += ["", f"pair {i + 1}{template}, {len(pairs.clean[i])} tokens; * marks where the prompts differ"]
         clean, corrupted = (encoder.tokens(ids[i].tolist()) for ids in (pairs.clean, pairs.corrupted))
-        width = max(map(len, chain(clean, ["clean"])))
-        lines.append(f"      {'clean':{width}}  corrupted")
+        width, other = (max(map(len, chain(tokens, [head]))) for tokens, head in ((clean, "clean"), (corrupted, "corrupted")))
+        spans = [f"  {pairs.span_names[span]}" for span in pairs.spans[i]] if pairs.spans else [""] * len(clean)
+        lines.append(f"      {'clean':{width}}  {'corrupted':{other}}{'  span' if pairs.spans else ''}")
         for position, (left, right) in enumerate(zip(clean, corrupted, strict=True)):
             differs = "*" if pairs.clean[i][position] != pairs.corrupted[i][position] else " "
             end = "   <- the answer is read here" if position == len(clean) - 1 else ""
-            lines.append(f"  {position:3}{differs}{left:{width}}  {right}{end}")
+            lines.append(f"  {position:3}{differs}{left:{width}}  {right:{other}}{spans[position]}".rstrip() + end)
         lines += [
             _answer_line("answer", pairs.answers[i].tolist(), encoder),
             _answer_line("wrong", pairs.wrong_answers[i].tolist(), encoder),

@@ -18,7 +18,7 @@ from circuitgraph._engine import Algorithm, Check, Engine, Outcome, Source, Sour
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
-from circuitgraph.evaluation._question import Question, digest, pose, warn
+from circuitgraph.evaluation._question import Question, digest, pose, source_digest, warn
 from circuitgraph.evaluation._report import Report, answer, with_report
 from circuitgraph.selection import default_size
 
@@ -93,7 +93,7 @@ def find(
     outcome = outcome_of(algorithm, question.engine, progress)
     progress(1.0, "evaluating the circuit")
     provenance = _provenance(question, algorithm)
-    circuit = Circuit(question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
+    circuit = Circuit(outcome.graph or question.traced.graph, outcome.mask, outcome.scores, provenance, dict(outcome.record))
     if choose is not None:
         circuit = choose(circuit)
     if circuit.n_edges == 0:
@@ -154,7 +154,7 @@ def outcome_of(algorithm: Algorithm, engine: Engine, tell: Progress | None = Non
 
 
 def _checked(outcome: Outcome, engine: Engine, name: str) -> Outcome:
-    graph = engine.graph
+    graph = outcome.graph or engine.graph
     if np.shape(outcome.mask) != graph.shape:
         raise CircuitGraphError(f"{name}: the mask has shape {np.shape(outcome.mask)}; expected [readers, writers] = {graph.shape}")
     if outcome.scores is not None and graph.n_edges and np.isnan(np.asarray(outcome.scores)[graph.visible]).all():
@@ -174,7 +174,8 @@ def _provenance(question: Question, algorithm: Algorithm) -> dict[str, Any]:
         "prompts": len(question.pairs),
         "seed": question.seed,
         "source": question.source.kind,
-        "source_data": digest(question.source.data) if question.source.data else None,
+        "source_data": None if question.fitted_to else source_digest(question),
+        "source_fitted_to": question.fitted_to,
         "algorithm": described(algorithm),
         "versions": {"circuitgraph": _version(), "numpy": np.__version__, **versions},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from circuitgraph._fit import Dropped, fitted, left_out
 from circuitgraph._pairs import PromptPairs
 from circuitgraph._prompts import Answers, NumberSet, Pattern, is_of_tokens
 from circuitgraph._slots import Filled, Slot, literal
+from circuitgraph._spans import slot_spans, token_spans
 from circuitgraph._tokens import Encoder, Tokenizer
 from circuitgraph._words import WordList
 
@@ -93,11 +94,31 @@ def prepared(task: Task, tokenizer: Tokenizer | None, n: int | None, seed: int, 
         answers=[item.answers for item in found],
         wrong_answers=[item.wrong_answers for item in found],
         templates=tuple(item.drawn.template for item in found),
+        **_spans(task, found, encoder),
     )
     notes = tuple(_notes(task, encoder, dropped, redrawn, [item.drawn for item in found]))
     for note in notes:
         logger.warning("task %s: %s", task.name, note)
     return Preparation(pairs, tuple(item.drawn for item in found), encoder, dropped, redrawn, notes)
+
+
+def _spans(task: Task, found: Sequence[_Encoded], encoder: Encoder) -> dict[str, Any]:
+    """Which part of its prompt every token is in, where the clean prompts have slots to name the parts."""
+    patterns = {pattern.name: pattern for pattern in task.patterns}
+    if not any(pattern.clean.slots for pattern in patterns.values()):
+        return {}
+    names = dict(zip(patterns, slot_spans([pattern.clean for pattern in patterns.values()]), strict=True))
+    lists = task.lists
+    is_text = {name: not is_of_tokens(pattern, lists) for name, pattern in patterns.items()}
+    drawn = [item.drawn for item in found]
+    spans, span_names = token_spans(
+        [names[d.template] for d in drawn],
+        [d.clean for d in drawn],
+        [item.clean[len(encoder.prefix) :] for item in found],
+        encoder,
+        is_text=[is_text[d.template] for d in drawn],
+    )
+    return {"spans": spans, "span_names": span_names}
 
 
 def _of_rows(task: Task, encoder: Encoder, n: int | None, seed: int) -> list[_Encoded]:

@@ -132,7 +132,8 @@ class Task(Strict):
         """`n` prompt pairs (default: every row, or 32 drawn), checked token by token; templates take turns.
 
         The same seed gives the same pairs, and many pairs begin with the few. A task of token slots needs no tokenizer but a
-        `vocabulary`, the number of ids to draw from. `bos` overrides the task's. Raises `TaskError` that shows what does not fit.
+        `vocabulary`, the number of ids to draw from. `bos` overrides the task's. The slots of the clean prompts name the spans of the
+        pairs; rows have none. Raises `TaskError` that shows what does not fit.
         """
         return self.prepare(tokenizer, n, seed, vocabulary=vocabulary, bos=bos).pairs
 
@@ -151,7 +152,7 @@ class Task(Strict):
     def describe(
         self, tokenizer: Tokenizer | None = None, n: int = 2, seed: int = 0, *, vocabulary: int | None = None, bos: bool | None = None
     ) -> str:
-        """The first `n` pairs token by token, with the answers, where they are read, and whether a BOS is there."""
+        """The first `n` pairs token by token, with their spans, the answers, where they are read, and whether a BOS is there."""
         return described(self, self.prepare(tokenizer, n, seed, vocabulary=vocabulary, bos=bos))
 
 

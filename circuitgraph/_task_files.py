@@ -21,11 +21,15 @@ _COLUMNS = ("clean", "corrupted", "answer", "wrong_answer", "template")
 _REQUIRED = ("clean", "corrupted", "answer")
 
 
+def builtin_folder() -> Path:
+    """The folder of what comes with circuitgraph."""
+    here = Path(__file__).parent
+    return here / "tasks" if (here / "tasks").is_dir() else here.parent / "tasks"  # in a wheel, in a checkout
+
+
 def builtin_files() -> dict[str, Path]:
     """The task files that come with circuitgraph, by name."""
-    here = Path(__file__).parent
-    folder = here / "tasks" if (here / "tasks").is_dir() else here.parent / "tasks"  # in a wheel, in a checkout
-    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
+    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml"), key=lambda path: path.stem)}
 
 
 def builtin_file(name: str) -> Path:

@@ -54,6 +54,13 @@ class Encoder:
         assert self.tokenizer is not None, "a task of texts is refused without a tokenizer"
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
+    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]] | None:
+        """For each token of each text the characters, from and up to, that it stands for; None where only Hugging Face's fast ones know."""
+        fast: Any = self.tokenizer
+        if not texts or not getattr(fast, "is_fast", False):
+            return None
+        return [list(row) for row in fast(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+
     @cached_property
     def unknown(self) -> int | None:
         """The id that stands for an unknown word. GPT-2 calls its end of text that too, but never writes it for a word."""

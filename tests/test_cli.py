@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from circuitgraph import ACDC, Circuit, CircuitGraphError, _discover, _plugins, cli
 from circuitgraph.evaluation._question import Question
+from circuitgraph.files import save_mib
 from circuitgraph.selection import default_size
 
 Run = Callable[..., Result]
@@ -143,6 +144,36 @@ def test_what_discover_found_can_be_shown_and_evaluated(run: Run, backend: str, 
     for result in elsewhere:
         assert json.loads(result.stdout)["faithfulness"] == pytest.approx(circuit.provenance["faithfulness"], abs=1e-4)
         assert "the weights" not in result.stderr
+
+
+def test_deeper_measures_are_printed_saved_and_drawn(run: Run, tmp_path: Path) -> None:
+    assert run(*DISCOVER, "-o", "out", "--algorithm", "activation-patching", "--top", "12").exit_code == 0
+    circuit = Circuit.load("out/circuit.json")
+    save_mib(circuit, "reference.json")
+    asked = ("--measure", "minimality", "--plot", "curve.svg", "--output", "report.json", "--reference", "reference.json", "--mib-compat")
+    result = run("evaluate", "out", *asked)
+    assert result.exit_code == 0, result.output
+    for text in ("minimality, ", "CPR, linear axis, as MIB", "CMD, linear axis", "edges against the", "wrote report.json, curve.svg"):
+        assert text in result.stdout
+    saved = json.loads(Path("report.json").read_text())
+    assert list(saved["findings"]) == ["minimality", "curve", "reference"]
+    assert saved["findings"]["reference"]["edges"]["precision"] == 1.0
+    assert saved["protocol"] == circuit.provenance["protocol"]
+    assert saved["complement"] == pytest.approx(circuit.provenance["complement"])
+    assert Path("curve.svg").read_text().rstrip().endswith("</svg>")
+    before = {path.name for path in tmp_path.iterdir()}
+    for options, message in (
+        (("--measure", "minimallity"), "unknown measure 'minimallity'; did you mean 'minimality'?"),
+        (("--measure", "tests"), "kl of the model itself is the same for every prompt"),
+        (("--plot", "curve.jpg"), "ends in one of .svg, .pdf, .png"),
+        (("--mib-compat",), "add one of them"),
+        (("--reference", "missing.json"), "missing.json"),
+        (("--output", "nowhere/report.json"), "there is no folder nowhere"),
+    ):
+        refused = run("evaluate", "out", *options)
+        assert refused.exit_code == 2, options
+        assert message in refused.stderr.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_model_that_fails_the_task_is_reported_on_stderr(run: Run, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,16 +24,23 @@ ROWS_HERE = tuple(row for row in ROWS if row.family in FAMILIES)
 
 SPANS = ("S1", "S2", "END")
 SPANNED = replace(SHORT, spans=[[0, 0, 1, 1, 2], [1, 0, 0, 0, 2]], span_names=SPANS)
+# Each with the families that it is asked of: every combination is compiled for.
 RULES = {
-    "relp": RELP,
-    "qk fix": QK_FIX,
-    "frozen norms": Rule(norms="frozen"),
-    "frozen patterns": Rule(patterns="frozen"),
-    "ratio": Rule(activations="ratio"),
-    "half": Rule(gates="half"),
-    "dropped layer": Rule(dropped_layer=0),
-    "fixed and dropped": Rule(patterns="recomputed", dropped_layer=1),
+    "relp": (RELP, ("gpt2", "llama")),
+    "qk fix": (QK_FIX, ("gpt2", "llama")),
+    "frozen norms": (Rule(norms="frozen"), ("gpt2",)),
+    "frozen patterns": (Rule(patterns="frozen"), ("llama",)),
+    "ratio": (Rule(activations="ratio"), ("gpt2",)),
+    "half": (Rule(gates="half"), ("llama",)),
+    "dropped layer": (Rule(dropped_layer=0), ("gpt2",)),
+    "fixed and dropped": (Rule(patterns="recomputed", dropped_layer=1), ("llama",)),
 }
+ASKED = [
+    pytest.param(rule, row, id=f"{name}-{row}")
+    for name, (rule, families) in RULES.items()
+    for row in ROWS_HERE
+    if row.family in families and row.backend != "reference"
+]
 
 
 def by_span(model: TracedModel, seed: int) -> np.ndarray:
@@ -245,7 +252,7 @@ LAWS: tuple[Law, ...] = (
 )
 
 
-@pytest.mark.parametrize("row", ROWS_HERE, ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS_HERE if str(row) != "jax-gpt2"], ids=str)  # JAX compiles for each: one family will do
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_every_law_holds_in_every_row(law: Law, row: Row) -> None:
     law(row.traced, row.tolerance)
@@ -260,15 +267,14 @@ def test_relp_gives_the_whole_metric_out_to_the_input(row: Row) -> None:
     assert not np.allclose(engine.gradient(ones(row.traced))[:, :, 0].sum(-1), whole, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS_HERE if row.backend != "reference"], ids=str)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(("rule", "row"), ASKED)
 def test_every_rule_is_the_references(rule: Rule, row: Row) -> None:
     """Central differences of a surrogate forward, against whatever a backend does, on the same weights."""
     oracle, engine = (model.bind(SPANNED, "logit_diff") for model in (traced("reference", row.family), row.traced))
     full = np.repeat(ones(row.traced)[..., None], len(SPANS), axis=-1)
-    for mix in (1.0, 0.4):
+    for mix in (1.0, 0.4)[: 2 if rule in (RELP, QK_FIX) else 1]:
         assert_close(engine.gradient(full, rule=rule, mix=mix), oracle.gradient(full, rule=rule, mix=mix), max(10 * row.tolerance, 1e-7))
-    if rule.patterns != "recomputed":
+    if rule == RELP:
         mask = by_span(row.traced, 30)
         assert_close(engine.gradient(mask, rule=rule), oracle.gradient(mask, rule=rule), max(10 * row.tolerance, 1e-7))
 

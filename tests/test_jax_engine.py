@@ -182,6 +182,8 @@ def test_other_numbers_in_the_same_shapes_compile_nothing() -> None:
 # Devices
 
 ON_DEVICES = """
+from dataclasses import replace
+
 import jax
 import numpy as np
 import circuitgraph_jax
@@ -210,7 +212,8 @@ many = circuitgraph_jax.trace("zoo:induction-2l", dtype="float64")
 one = circuitgraph_jax.trace("zoo:induction-2l", dtype="float64", devices=jax.devices()[:1])
 # How many devices prompts and lanes are shared out to; how many prompts there are with those that fill up.
 for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4, 1)]:
-    pairs = random_pairs(n_prompts, lengths=[9] * n_prompts, vocabulary=100)
+    spans = np.random.default_rng(1).integers(0, 2, (n_prompts, 9))
+    pairs = replace(random_pairs(n_prompts, lengths=[9] * n_prompts, vocabulary=100), spans=spans, span_names=["A", "B"])
     ours, theirs = (model.bind(pairs, "logit_diff") for model in (many, one))
     masks = np.random.default_rng(n_prompts).uniform(size=(7, *ours.graph.shape))
     shapes.clear()
@@ -221,7 +224,8 @@ for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4
     assert sum(whole[0] for whole, _ in shapes) == 7 + -7 % by_lane
     assert not any(name in text for text in hlo for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     same(got, theirs.evaluate(masks))
-    for mask, mix in ((np.ones(ours.graph.shape), 1.0), (masks[0], 0.3))[: 2 if n_prompts == 3 else 1]:
+    by_span = np.random.default_rng(0).uniform(size=(*ours.graph.shape, 2))
+    for mask, mix in ((np.ones(ours.graph.shape), 1.0), (by_span, (0.3, 0.6)))[: 2 if n_prompts == 3 else 1]:
         same(ours.gradient(mask, mix=mix), theirs.gradient(mask, mix=mix))
     values, expected = ours.activations(masks[1]), theirs.activations(masks[1])
     assert len(values) == n_prompts

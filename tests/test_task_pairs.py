@@ -296,8 +296,8 @@ def test_describe_shows_tokens_answers_and_bos() -> None:
     assert "1 of 7 words of 'name' were dropped" in text
     lines = text.splitlines()
     first = next(line for line in lines if line.startswith("    0"))
-    assert first.split() == ["0", "'When'", "'When'"]
-    assert re.search(r"^    1\*' \w+' +' \w+'$", text, re.MULTILINE)
+    assert first.split() == ["0", "'When'", "'When'", "BEGIN"]
+    assert re.search(r"^    1\*' \w+' +' \w+' +A$", text, re.MULTILINE)
     assert lines[-3].endswith("<- the answer is read here")
     assert re.fullmatch(r"  answer ' \w+' \(\d+\)", lines[-2])
     assert "'<s>' (bos = true)" in simple(bos=True).describe(Greedy(*WORDS.vocabulary[2:], bos=True), 1)

@@ -147,6 +147,8 @@ class Forward:
                 shared = self._tape is None and plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
                 mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared)
                 is_frozen = self._tape is not None and self._tape.rule.norms == "frozen"
+                if self._tape is not None:
+                    joint.check_rule(self._tape.rule)
                 if self._bank.keeps:
                     written = joint.write(mixed, [*(alive - layer.first_head)], is_frozen=is_frozen)
                 else:

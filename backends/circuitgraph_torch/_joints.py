@@ -37,6 +37,7 @@ class AttentionJoint:
         self.n_readers = self.n_heads * 3 if self.kv_per_head else self.n_heads + 2 * self.n_groups
         self.first_value = (self.n_heads + self.n_readers) // 2
         self.couples_heads = attention.couples_heads
+        self._inner_norms = _norms_in(model, attention.path)
         self._load_weights(model, attention, d_model)
         self._make_twin(model, attention, d_model)
 
@@ -64,6 +65,15 @@ class AttentionJoint:
         self._twin = twin(model.get_submodule(attention.path), replaced)
         # One pass of the attention code serves all heads, or, with a key and value per head, one head of every group.
         self._passes = [self._columns(attention, member) for member in range(self.group_size if self.kv_per_head else 1)]
+
+    def check_rule(self, rule: Rule) -> None:
+        """Raises `CircuitGraphError` where a norm inside the attention, which is left to the model's own code, would have to be frozen."""
+        heard = [path for path in self._inner_norms if rule.patterns != "frozen" or path.rpartition(".")[2].startswith("v")]
+        if rule.norms == "frozen" and heard:
+            raise CircuitGraphError(
+                f"gradient: {heard[0]} is a norm inside an attention, whose scale this engine cannot freeze; use a rule with norms 'exact'"
+                f"{'' if rule.patterns == 'frozen' else ', or with patterns frozen too'}"
+            )
 
     def _columns(self, attention: Attention, member: int) -> dict[str, Tensor]:
         """For each projection module, which columns of the readers' outputs side by side are its features."""
@@ -142,6 +152,7 @@ class MLPJoint:
         self._paths = mlp.modules
         self._modules = [model.get_submodule(path) for path in mlp.modules]
         self._scale = mlp.scale
+        self._inner_norms = [path for root in mlp.modules for path in _norms_in(model, root)]
         self._ruled: dict[tuple[str, str], RuledModules] = {}
 
     def __call__(self, x: Tensor, rule: Rule = EXACT) -> Tensor:
@@ -153,22 +164,17 @@ class MLPJoint:
         return y if self._scale == 1.0 else y * self._scale
 
     def _run(self, x: Tensor, rule: Rule) -> Tensor:
-        if rule.norms == "frozen":
-            self._refuse_inner_norms()
+        if rule.norms == "frozen" and self._inner_norms:
+            raise CircuitGraphError(
+                f"gradient: {self._inner_norms[0]} is a norm inside an MLP, whose scale this engine cannot freeze; "
+                f"use a rule with norms 'exact'"
+            )
         key = rule.activations, rule.gates
         if key == ("exact", "exact"):
             return run(self._modules, x)
         if key not in self._ruled:
             self._ruled[key] = RuledModules([*zip(self._paths, self._modules, strict=True)], rule)
         return self._ruled[key](x)
-
-    def _refuse_inner_norms(self) -> None:
-        for path, module in zip(self._paths, self._modules, strict=True):
-            for name, inside in module.named_modules(prefix=path):
-                if "norm" in type(inside).__name__.lower():
-                    raise CircuitGraphError(
-                        f"gradient: {name} is a norm inside an MLP, whose scale this engine cannot freeze; use a rule with norms 'exact'"
-                    )
 
 
 class LogitsJoint:
@@ -240,6 +246,12 @@ def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Ten
     weight, bias = affine(model.get_submodule(projection.path))
     features = torch.tensor([[*projection.features(head)] for head in range(projection.n_heads)], device=weight.device)
     return weight[features], weight.new_zeros(features.shape) if bias is None else bias[features]
+
+
+def _norms_in(model: nn.Module, path: str) -> list[str]:
+    """Submodules that call themselves norms. Names lie, but here they only decide whether a rule is refused."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return [name for name, module in inside if "norm" in type(module).__name__.lower()]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._rule, self._names = rule, names
         self._live: dict[int, Tensor] = {}  # the tensors are kept, so that no other gets their id
-        self._fixed: dict[int, Tensor] = {}
+        self._fixed: dict[int, Tensor] = {}  # made of parameters alone
         self._is_aside = False
 
     @contextmanager
@@ -156,7 +156,7 @@ class _Watch(TorchFunctionMode):
             at_zero = function(zero.clone())
             (slope,) = torch.autograd.grad(at_zero, zero)
         if float(at_zero.detach()) != 0 or not bool(torch.isfinite(slope)):
-            raise self.refusal(f"{name}, which is {float(at_zero):.3g} at 0")
+            raise self.refusal(f"{name}, which is {float(at_zero.detach()):.3g} at 0")
         return slope
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -170,12 +170,15 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in _ACTIVATIONS and args and args[0] is live[0] and len(live) == 1 and not kwargs.get("inplace"):
             return self.activation(lambda x: func(x, *args[1:], **kwargs), live[0], name)
+        if name == "__setitem__":
+            raise self.refusal(f"{name} with what depends on its input")
         result = func(*args, **kwargs)
-        if not any(True for _ in _tensors(result)):
+        made = [*_tensors(result)]
+        if not made:
             return result  # a shape, a dtype, a device
         if name in _PRODUCTS and len(live) == 2:
             return self._note(self._gate(result), self._live)
-        if not _is_linear(name, given, live):
+        if not _is_linear(name, given, live) or not all(tensor.is_floating_point() for tensor in made):
             raise self.refusal(f"{name} of what depends on its input")
         return self._note(result, self._live)
 
@@ -192,7 +195,7 @@ class _Watch(TorchFunctionMode):
         return False
 
     def _note(self, result: _Result, among: dict[int, Tensor]) -> _Result:
-        among.update((id(tensor), tensor) for tensor in _tensors(result))
+        among.update((id(tensor), tensor) for tensor in _tensors(result) if among is self._live or tensor.grad_fn is not None)
         return result
 
     @contextmanager

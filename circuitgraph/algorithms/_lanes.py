@@ -46,10 +46,13 @@ class Lane:
 
 def evaluate_lanes(engine: Engine, lanes: Iterable[Lane], max_lanes: int) -> Iterator[Float[ndarray, "lanes prompts"]]:
     """`F` of the lanes in their order, as many at a time as can share a source. Nothing is spliced for lanes that freeze nobody."""
+    own: tuple[WriterValues, WriterValues] | None = None
     for batch, frozen in _batches(lanes, max_lanes):
-        masks = np.stack([lane.mask for lane in batch])
-        source = Spliced(engine.source_values(), engine.activations(), frozen) if frozen.any() else None
-        yield np.asarray(engine.evaluate(masks, source=source), dtype=np.float64)
+        source = None
+        if frozen.any():
+            own = own or (engine.source_values(), engine.activations())
+            source = Spliced(*own, frozen)
+        yield np.asarray(engine.evaluate(np.stack([lane.mask for lane in batch]), source=source), dtype=np.float64)
 
 
 def _batches(lanes: Iterable[Lane], max_lanes: int) -> Iterator[tuple[list[Lane], Bool[ndarray, " writers"]]]:

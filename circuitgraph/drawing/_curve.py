@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitgraph._errors import FileError
-from circuitgraph.files import write_bytes
+from circuitgraph.files import check_place, write_bytes
 
 if TYPE_CHECKING:
     from circuitgraph.evaluation import FaithfulnessCurve, Point
@@ -18,10 +18,11 @@ _INK = {"signed": "#0072b2", "absolute": "#d55e00"}  # told apart with any colou
 
 
 def plot_format(path: str | Path) -> str:
-    """The format that a name asks for. Raises `FileError`."""
+    """The format that a name asks for, if a file can be written there. Raises `FileError`."""
     suffix = Path(path).suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise FileError(f"cannot plot into {path}: expected a name that ends in one of {', '.join('.' + name for name in FORMATS)}")
+    check_place(path)
     return suffix
 
 

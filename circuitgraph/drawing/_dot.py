@@ -18,6 +18,7 @@ COLOURS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#B0609A", "lo
 MEANINGS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP input", "logits": "logits", "merged": "query, key, value"}
 INK, FAINT = "#1F2430", "#8A90A0"
 FONT = "Helvetica,Arial,DejaVu Sans,sans-serif"
+_NAMED = 2  # spans beside a line
 NODES: dict[str, dict[str, str]] = {
     "input": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
     "logits": {"shape": "box", "style": "filled,rounded", "fillcolor": INK, "color": INK, "fontcolor": "white"},
@@ -45,7 +46,7 @@ def dot_of(plan: Plan, stroke: Callable[[Line], dict[str, str]], legend: str) ->
             for node in nodes:
                 row.node(node.name, label=_escape(node.label), tooltip=_escape(node.label), **_width(node, plan), **NODES[node.kind])
     for line in plan.lines:
-        dot.edge(line.tail.name, line.head.name, **tips(line), **stroke(line))
+        dot.edge(line.tail.name, line.head.name, **tips(line), **_with_spans(line, stroke(line)))
     return str(dot.source)
 
 
@@ -102,6 +103,15 @@ def _stroke(line: Line, strongest: float) -> dict[str, str]:
     stroke["penwidth"] = f"{0.7 + 3.1 * share:.2f}"
     stroke["arrowsize"] = f"{0.4 + 0.3 * share:.2f}"
     return {**stroke, "style": "dashed"} if line.score < 0 else stroke
+
+
+def _with_spans(line: Line, stroke: dict[str, str]) -> dict[str, str]:
+    """Beside the line, before what else stands there, the parts of the prompt at which its edges lie: the first few of them."""
+    if not line.spans:
+        return stroke
+    more = " \N{HORIZONTAL ELLIPSIS}" if len(line.spans) > _NAMED else ""
+    label = f" {_escape(', '.join(line.spans[:_NAMED]))}{more}{stroke.get('label', '')}"
+    return {"fontsize": "8", "fontname": FONT, "fontcolor": COLOURS[line.kind], **stroke, "label": label}
 
 
 def tips(line: Line) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import unknown_name
-from circuitgraph._names import Writer
+from circuitgraph._names import Edge, Writer
 
 Detail = Literal["auto", "edges", "nodes", "layers"]
 Kind = Literal["q", "k", "v", "merged", "mlp", "logits"]
@@ -51,6 +51,15 @@ class Line:
     @cached_property
     def score(self) -> float | None:
         return max((score for _, score in self.edges if score is not None), key=abs, default=None)
+
+    @cached_property
+    def spans(self) -> tuple[str, ...]:
+        """Of edges split by span, the strongest first."""
+        best: dict[str, float] = {}
+        for name, score in self.edges:
+            span = Edge.parse(name).writer.span
+            best[span] = max(best.get(span, 0.0), abs(score or 0.0))
+        return tuple(span for span in sorted(best, key=lambda span: -best[span]) if span)
 
     @property
     def tooltip(self) -> str:
@@ -102,8 +111,10 @@ def _chosen(live: Circuit, detail: Detail) -> tuple[tuple[Line, ...], list[str]]
         if detail != "auto" or len(lines) <= LEGIBLE[level]:
             break
     facts = []
-    if any(len(line.edges) > 1 for line in lines):
+    if level != "edges" and any(len(line.edges) > 1 for line in lines):
         facts.append("q, k and v edges merged" + (", heads merged by layer" if level == "layers" else ""))
+    if any(line.spans for line in lines):
+        facts.append("beside a line where in the prompt, the strongest first")
     if detail == "auto" and len(lines) > (limit := LEGIBLE[level]):
         facts.append(f"the {limit} strongest of {len(lines):,} lines drawn")
         kept = set(sorted(range(len(lines)), key=lambda i: (-abs(lines[i].score or 0.0), -len(lines[i].edges), i))[:limit])
@@ -120,10 +131,10 @@ def _lines(live: Circuit, detail: Detail) -> tuple[Line, ...]:
         kind: Kind = "merged" if detail in ("nodes", "layers") and reader.kind in ("q", "k", "v") else reader.kind
         heads = dict.fromkeys(places[name] for name in live.nodes_of(reader))
         for w in np.flatnonzero(live.mask[r]):
-            writer = live.graph.writers[w].name
+            writer = live.graph.writers[w]
             score = None if live.scores is None or math.isnan(live.scores[r, w]) else float(live.scores[r, w])
             for head in heads:
-                merged.setdefault((places[writer], head, kind), {})[f"{writer}->{reader}"] = score
+                merged.setdefault((places[writer.node], head, kind), {})[f"{writer}->{reader}"] = score
     return tuple(Line(*key, tuple(edges.items()), _surest(live, edges)) for key, edges in merged.items())
 
 
@@ -140,7 +151,8 @@ def _place(name: str, live: Circuit, detail: Detail) -> Node:
         return Node(math.inf, 0, "logits", "logits", "logits")
     writer = Writer.parse(name)
     if detail == "layers" and writer.kind == "head":
-        heads = sum(other.depth == writer.depth for other in map(live.graph.writers.__getitem__, np.flatnonzero(live.mask.any(axis=0))))
+        written = map(live.graph.writers.__getitem__, np.flatnonzero(live.mask.any(axis=0)))
+        heads = len({other.node for other in written if other.depth == writer.depth})
         return Node(writer.depth, 0, f"a{writer.layer}", "heads", f"a{writer.layer}\n{heads} head{'s' * (heads != 1)}")
     return Node(writer.depth, writer.index, name, writer.kind, name)
 
@@ -151,9 +163,11 @@ def _title(provenance: Mapping[str, Any]) -> str:
 
 
 def _name(value: Any) -> str:
-    """The provenance says a thing by its name, or by a mapping that has one."""
+    """The provenance says a thing by its name, or by a mapping that has one; an algorithm around another one by both."""
     if isinstance(value, Mapping):
+        inside = _name(value.get("algorithm"))
         value = next((value[key] for key in ("name", "id", "class", "kind") if value.get(key)), "")
+        return f"{value}({inside})" if inside and isinstance(value, str) else _name(value)
     return value if isinstance(value, str) else ""
 
 

@@ -6,6 +6,8 @@ from circuitgraph.evaluation._agreement import ReferenceMatch as ReferenceMatch
 from circuitgraph.evaluation._agreement import auroc as auroc
 from circuitgraph.evaluation._agreement import matched as matched
 from circuitgraph.evaluation._bootstrap import Estimate as Estimate
+from circuitgraph.evaluation._compare import Comparison as Comparison
+from circuitgraph.evaluation._compare import compare as compare
 from circuitgraph.evaluation._completeness import Completeness as Completeness
 from circuitgraph.evaluation._completeness import Incompleteness as Incompleteness
 from circuitgraph.evaluation._completeness import KnockOut as KnockOut
@@ -14,6 +16,9 @@ from circuitgraph.evaluation._curve import Area as Area
 from circuitgraph.evaluation._curve import Curve as Curve
 from circuitgraph.evaluation._curve import FaithfulnessCurve as FaithfulnessCurve
 from circuitgraph.evaluation._curve import Point as Point
+from circuitgraph.evaluation._edge_confidence import EdgeConfidence as EdgeConfidence
+from circuitgraph.evaluation._edge_confidence import confidence as confidence
+from circuitgraph.evaluation._edge_confidence import edge_confidence as edge_confidence
 from circuitgraph.evaluation._faithfulness import Faithfulness as Faithfulness
 from circuitgraph.evaluation._faithfulness import faithfulness as faithfulness
 from circuitgraph.evaluation._hypotheses import HypothesisTests as HypothesisTests
@@ -22,9 +27,11 @@ from circuitgraph.evaluation._hypotheses import Verdict as Verdict
 from circuitgraph.evaluation._measures import MEASURES as MEASURES
 from circuitgraph.evaluation._measures import Finding as Finding
 from circuitgraph.evaluation._measures import Measure as Measure
+from circuitgraph.evaluation._measures import measures_named as measures_named
 from circuitgraph.evaluation._minimality import Minimality as Minimality
 from circuitgraph.evaluation._minimality import Need as Need
 from circuitgraph.evaluation._minimality import Needs as Needs
+from circuitgraph.evaluation._optimal_source import optimal_source as optimal_source
 from circuitgraph.evaluation._protocol import Protocol as Protocol
 from circuitgraph.evaluation._protocol import check_comparable as check_comparable
 from circuitgraph.evaluation._question import CircuitGraphWarning as CircuitGraphWarning
@@ -32,3 +39,5 @@ from circuitgraph.evaluation._report import Report as Report
 from circuitgraph.evaluation._report import evaluate as evaluate
 from circuitgraph.evaluation._scale import Scale as Scale
 from circuitgraph.evaluation._scale import scale_of as scale_of
+from circuitgraph.evaluation._stability import Stability as Stability
+from circuitgraph.evaluation._stability import stability as stability

@@ -9,17 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuitgraph._engine import Algorithm, Source, SourceKind, checked_algorithm
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric
+from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._bootstrap import CONFIDENCE
+from circuitgraph.evaluation._question import pose
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from numpy import ndarray
+    from rich.table import Table
+
+    from circuitgraph._task import Task
 
 RESAMPLES = 1000
 _CHUNK_BYTES = 1 << 27  # resampled means of so many edges are held at once
@@ -45,6 +53,28 @@ class EdgeConfidence:
         signs = np.sign([*self.strata.values()])
         agrees: Bool[ndarray, "readers writers"] = (signs == signs[0]).all(axis=0) & self.graph.visible
         return agrees
+
+    def table(self, n: int = 20) -> Table:
+        """The rows for people."""
+        from rich.table import Table
+
+        named = [name for name in self.strata if name != "all"]
+        table = Table("edge", "score", f"{CONFIDENCE:.0%} interval", "sign kept", *named, box=None, pad_edge=False)
+        for row in self.rows(n):
+            table.add_row(*(row if named else row[:4]))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every edge of the graph, ready for JSON."""
+        return {
+            f"{self.graph.writers[w]}->{self.graph.readers[r]}": {
+                "score": float(self.mean[r, w]),
+                "interval": [float(self.low[r, w]), float(self.high[r, w])],
+                "sign_consistency": float(self.sign_consistency[r, w]),
+                "strata": {name: float(scores[r, w]) for name, scores in self.strata.items()},
+            }
+            for r, w in np.argwhere(self.graph.visible)
+        }
 
     def rows(self, n: int = 20) -> tuple[tuple[str, ...], ...]:
         """The `n` edges of the largest mean: name, score, interval, sign consistency, and the score in each stratum; as text."""
@@ -128,3 +158,27 @@ def _resampled(
         low[part], high[part] = np.quantile(means, [tail, 1 - tail], axis=0)
         consistent[part] = (np.sign(means) == np.sign(scores[:, part].mean(axis=0))).mean(axis=0)
     return low, high, consistent
+
+
+def confidence(
+    model: Any,
+    task: Task | PromptPairs | str | Path,
+    algorithm: Algorithm,
+    *,
+    prompts: int | None = None,
+    seed: int = 0,
+    backend: str = "torch",
+    metric: Metric | str | None = None,
+    source: Source | SourceKind = "corrupted",
+) -> EdgeConfidence:
+    """Score every edge once and say how sure each score is; for algorithms whose scores are means over prompts, such as `EAP`.
+
+    >>> confidence("zoo:tiny-english", "ioi", EAP(), prompts=64).rows(3)   # doctest: +SKIP
+    """
+    checked_algorithm("algorithm", algorithm)
+    metric = metric if metric is not None else getattr(algorithm, "default_metric", None)
+    question = pose(model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
+    question.check()
+    outcome = algorithm.run(question.engine)
+    graph = outcome.graph or question.traced.graph
+    return edge_confidence(graph, outcome.prompt_scores, templates=question.pairs.templates, seed=seed)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NOISE = 1e-6  # of the metric's own size, in float32: below this F(1) and F(0) are one number
 
 
-Faithfulness = Estimate
+Faithfulness = Estimate  # the name it had first
 
 
 def faithfulness(

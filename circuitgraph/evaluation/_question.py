@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from circuitgraph._errors import TaskError, TraceError, whole_number
 from circuitgraph._metrics import Accuracy, Metric, Target, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._task_files import file_of
+from circuitgraph.algorithms import OptimalAblation
 from circuitgraph.evaluation._faithfulness import are_apart, check_gap
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class CircuitGraphWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What a circuit is asked about. `task_digest` identifies the task, or the token ids when there is no task; `task_file` is its file."""
+    """What a circuit is asked about. `task_digest` identifies the task, or the token ids when there is no task; `task_file` is its file;
+    `fitted_to` the prompts that the source's constants were fitted to, unless somebody gave them."""
 
     traced: TracedModel
     pairs: PromptPairs
@@ -47,6 +49,7 @@ class Question:
     task_digest: str
     task_file: Path | None
     seed: int
+    fitted_to: str | None = None
 
     @cached_property
     def engine(self) -> Engine:
@@ -123,8 +126,14 @@ def pose(
     metric: Metric | str | None = None,
     source: Source | SourceKind = "corrupted",
     backend: str = "torch",
+    found: Mapping[str, Any] | None = None,
 ) -> Question:
-    """Trace the model, draw the prompts, settle the metric (default: the task's) and the source. What users give is checked here."""
+    """Trace the model, draw the prompts, settle the metric (default: the task's) and the source. What users give is checked here.
+
+    Constants that the source "optimal" does not have are fitted (`OptimalAblation`), to the question's prompts; for a circuit that was
+    `found` (its provenance) with the same task, to the prompts of its discovery, drawn again. They are part of how the circuit was found:
+    fitted again to prompts that are to test it, they would have seen the test.
+    """
     from circuitgraph._task import load_task  # with pydantic, so not before it is needed
 
     seed = whole_number("seed", seed, 0)
@@ -134,18 +143,28 @@ def pose(
     chosen = source if isinstance(source, Source) else Source(source)
     loaded = task if isinstance(task, PromptPairs) else load_task(task)
     traced = _plugins.traced(model, backend=backend)
+    draw = partial(_drawn, loaded, traced)
+    pairs = draw(prompts, seed)
     if isinstance(loaded, PromptPairs):
-        pairs = _first(loaded, prompts)
         name, identity = NO_TASK, digest(pairs)
         named = named or _metric_of(pairs)
     else:
-        pairs = loaded.pairs(traced.tokenizer, prompts, seed, vocabulary=traced.architecture.vocabulary)
         name, identity = loaded.name, loaded.digest
         named = named or metric_named(loaded.metric)
     check_answers(named, pairs.wrong_answers)
     check_vocabulary(pairs, traced.architecture.vocabulary)
-    file = file_of(task)
-    return Question(traced, pairs, named, chosen, name, identity, file.resolve() if file else None, seed)
+    file, fitted_to = file_of(task), None
+    if chosen.kind == "optimal" and chosen.constants is None:
+        is_same = found is not None and found.get("task", {}).get("digest") == identity
+        data = draw(found.get("prompts"), found.get("seed", 0)) if found is not None and is_same else pairs
+        chosen, fitted_to = OptimalAblation().fit(traced.bind(data, "kl")), digest(data)
+    return Question(traced, pairs, named, chosen, name, identity, file.resolve() if file else None, seed, fitted_to)
+
+
+def _drawn(task: Task | PromptPairs, traced: TracedModel, prompts: int | None, seed: int) -> PromptPairs:
+    if isinstance(task, PromptPairs):
+        return _first(task, prompts)
+    return task.pairs(traced.tokenizer, prompts, seed, vocabulary=traced.architecture.vocabulary)
 
 
 def _metric_of(pairs: PromptPairs) -> Metric:
@@ -168,6 +187,16 @@ def digest(pairs: PromptPairs) -> str:
         for ids in part:
             sha.update(f"{ids.tolist()};".encode())
     return sha.hexdigest()
+
+
+def source_digest(question: Question) -> str | None:
+    """A hash of what the source's values come from: its data, the prompts that its constants were fitted to, or the constants."""
+    source = question.source
+    if source.data is not None:
+        return digest(source.data)
+    if question.fitted_to is not None or source.constants is None:
+        return question.fitted_to
+    return hashlib.sha256(source.constants.tobytes()).hexdigest()
 
 
 def warn(message: str) -> None:

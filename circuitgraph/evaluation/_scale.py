@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from circuitgraph._graph import Graph
 from circuitgraph.evaluation._bootstrap import Estimate, interval_of, resampled_means
 from circuitgraph.evaluation._faithfulness import check_gap, faithfulness
 from circuitgraph.evaluation._protocol import Protocol
-from circuitgraph.evaluation._question import Question, digest
+from circuitgraph.evaluation._question import Question, digest, source_digest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -49,6 +48,11 @@ class Scale:
     def __post_init__(self) -> None:
         traced = self.engine.graph
         if self.graph != traced and not self._is_split:
+            if self.graph.spans and self.graph.spans != tuple(self.engine.spans):
+                ours, theirs = ", ".join(self.graph.spans), ", ".join(self.engine.spans) or "none"
+                raise CircuitGraphError(
+                    f"the circuit is split by the spans {ours}; the prompts have {theirs}; ask prompts of the same task"
+                )
             raise CircuitGraphError(f"the circuit is of {self.graph!r}, but the model is {traced!r}; trace it as it was traced then")
         check_gap(self.model, self.source, self.engine.metric.name, seed=self.seed)
 
@@ -121,15 +125,13 @@ class Scale:
 
 def scale_of(question: Question, graph: Graph) -> Scale:
     """The scale of a question, for circuits of this graph. Raises what `Scale` does."""
-    source, spans = question.source, graph.spans
-    constants = None if source.constants is None else hashlib.sha256(source.constants.tobytes()).hexdigest()
     protocol = Protocol(
         metric=question.metric.name,
         prompts=len(question.pairs),
         prompts_digest=digest(question.pairs),
         seed=question.seed,
-        ablation=source.kind,
-        ablation_data=digest(source.data) if source.data else constants,
-        positions="spans" if spans else "all",
+        ablation=question.source.kind,
+        ablation_data=source_digest(question),
+        positions="spans" if graph.spans else "all",
     )
     return Scale(question.engine, graph, protocol, (question.clean, question.corrupted))

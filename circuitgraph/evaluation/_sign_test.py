@@ -28,12 +28,13 @@ def prompts_for_sign_test(epsilon: float, *, wins: float, alpha: float, power: f
     """
     from scipy.stats import binom
 
-    n = 1
+    n = 0
     while True:
-        rejected = next((k for k in range(math.ceil(n / 2), n + 1) if sign_test(k, n, epsilon) <= alpha), None)
+        n += 1
+        least = max(math.ceil(n / 2), int(binom.isf(alpha, n, 0.5 + epsilon)))  # fewer wins are surely not rejected
+        rejected = next((k for k in range(least, n + 1) if sign_test(k, n, epsilon) <= alpha), None)
         if rejected is not None and binom.sf(rejected - 1, n, wins) >= power:
             return n
-        n += 1
 
 
 def prompts_for_correlation(correlation: float, *, alpha: float, power: float) -> int:

@@ -1,5 +1,6 @@
 """Circuits as files: our own JSON, and the circuit files of EAP-IG and of the MIB benchmark."""
 
+from circuitgraph.files._atomic import check_place as check_place
 from circuitgraph.files._atomic import parse_json as parse_json
 from circuitgraph.files._atomic import read_bytes as read_bytes
 from circuitgraph.files._atomic import write_bytes as write_bytes

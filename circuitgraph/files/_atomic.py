@@ -13,11 +13,7 @@ from circuitgraph._errors import FileError
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a whole file or nothing: a temporary file in the same folder takes the place of the old one. Raises `FileError`."""
-    path = Path(path)
-    if path.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise FileError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    path = check_place(path)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -29,6 +25,16 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_place(path: str | Path) -> Path:
+    """The path, if a file can be written there: to be asked before what takes long. Raises `FileError`."""
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise FileError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     return path
 
 

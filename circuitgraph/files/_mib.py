@@ -97,6 +97,11 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
     `CircuitGraphError` for a graph that the format cannot describe.
     """
     config = _config(circuit, d_model)
+    if circuit.graph.spans:
+        raise CircuitGraphError(
+            f"to_mib: the format knows no positions; this circuit is split by the spans {', '.join(circuit.graph.spans)}; "
+            "discover without PerPosition for one that can be exchanged"
+        )
     bridge = _bridge(_Config(**config), circuit.graph)
     place = np.ix_(bridge.rows, bridge.columns)
     kept = circuit.mask[place] & bridge.shared
