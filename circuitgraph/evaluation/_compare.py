@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph._circuit import Circuit
+from circuitgraph._engine import Algorithm
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph.algorithms import Magnitude, Random
 from circuitgraph.evaluation._faithfulness import Faithfulness
@@ -155,9 +156,9 @@ def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -
         return Comparison(dict(circuits))
     size = min(circuit.n_edges for circuit in circuits.values())
     scale = scale_of(question, first[1].graph)
-    cut = {name: found for name, circuit in circuits.items() if (found := _cut(circuit, size)) is not None}
+    cut = {name: part for name, circuit in circuits.items() if (part := _cut(circuit, size)) is not None}
     found = {name: scale.faithfulness(circuit.mask) for name, circuit in cut.items()}
-    scored = {} if scale.graph.spans else {"random": Random(question.seed), "magnitude": Magnitude()}
+    scored: dict[str, Algorithm] = {} if scale.graph.spans else {"random": Random(question.seed), "magnitude": Magnitude()}
     baselines = {
         name: scale.faithfulness(Circuit(scale.graph, scale.graph.visible, method.run(question.engine).scores).top(size).mask)
         for name, method in scored.items()
