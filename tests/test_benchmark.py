@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from engines import traced
 
-from circuitgraph._benchmark import Benchmark, benchmark
+from circuitgraph._benchmark import Benchmark, benchmark, known_results
 from circuitgraph._circuit import Circuit
 from circuitgraph._engine import Engine, Outcome
 from circuitgraph._errors import CircuitGraphError, FileError
@@ -77,6 +77,7 @@ def test_what_is_known_is_not_asked_again(folder: Path) -> None:
     again = table(folder, {"mine": Counted(), "eap": EAP()})
     assert not Counted.asked
     assert again.to_markdown() == table(folder, {"mine": Counted(), "eap": EAP()}).to_markdown()
+    assert {r.algorithm for r in known_results(folder).results} == {"random", "magnitude", "mine", "eap"}
     table(folder, {"mine": Counted(0.4)})
     assert Counted.asked == ["kl"]
     table(folder, {"mine": Counted(0.4)}, seed=5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import backends, backends_case, clock, eap, eap_case, machine, startup, tables, trace_proof
+from benchmarks import algorithms, backends, backends_case, clock, eap, eap_case, machine, startup, tables, trace_proof
 
 
 def test_trace_proof_passes_and_has_its_noise_floors() -> None:
@@ -108,3 +108,13 @@ def test_backends_are_compared(backend: str) -> None:
     (row,) = backends.table([found], rounds=2).rows
     assert len(row) == len(backends.table([found], rounds=2).columns)
     assert (row[-1] == "") == (backend == "torch")
+
+
+def test_the_page_of_algorithms_is_written_from_its_cells() -> None:
+    page = algorithms.PAGE.read_text()
+    assert algorithms.with_tables(page, {name: algorithms.table(name) for name in algorithms.PARTS}) == page
+    zoo = algorithms.table("zoo")
+    assert len(zoo.results) == len(algorithms.PARTS["zoo"].rows)  # none is missing
+    assert all(result.refused is None for result in zoo.results)
+    with pytest.raises(ValueError, match="zoo"):
+        algorithms.with_tables("no marks", {"zoo": zoo})

@@ -201,6 +201,8 @@ def test_circuits_beside_each_other() -> None:
     assert np.array_equal(found.only("big").mask, (big - small).mask)
     assert found.same_size == 10
     assert found.faithfulness["big"].value == found.faithfulness["small"].value  # the same edges, once both are cut
+    assert set(found.baselines) == {"random", "magnitude"}
+    assert found.baselines["random"].value != found.faithfulness["small"].value
     assert "(0." in str(found)
     assert json.loads(found.to_json())["edges_in_all"] == 10
     blind = compare({"big": Circuit(graph, big.mask), "small": small}, question)

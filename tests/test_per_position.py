@@ -23,6 +23,7 @@ from circuitgraph.algorithms import (
     AttributionPatching,
     InformationFlow,
     Magnitude,
+    PathPatching,
     PerPosition,
     Random,
     RelP,
@@ -54,6 +55,7 @@ def by_span(scores: Any) -> Any:
         EAPIG("activations", points=2),
         RelP(),
         AttributionPatching(("qk-fix",)),
+        PathPatching(("logits",)),
         Random(),
     ],
     ids=repr,
@@ -120,12 +122,12 @@ def test_what_goes_around_an_algorithm_looks_like_it() -> None:
 
 def test_what_cannot_be_asked_by_position_is_refused() -> None:
     for wrong in (EAP, None, "eap", PerPosition(EAP())):
-        with pytest.raises(CircuitGraphError, match=r"per position: the algorithm is .*; expected an instance of one, such as EAP\(\)"):
+        with pytest.raises(CircuitGraphError, match="per position: algorithm: .*; expected (an instance with|one that is not)"):
             PerPosition(wrong)  # type: ignore[arg-type]
     with pytest.raises(CircuitGraphError, match="per position: the prompts have no spans; take a task whose prompts have slots, or give"):
         PerPosition(EAP()).run(MODEL.bind(random_pairs(5), "logit_diff"))
     engine = MODEL.bind(SPANNED, "logit_diff")
-    for algorithm in (InformationFlow(), Magnitude()):
+    for algorithm in (InformationFlow(), Magnitude(), PathPatching(("logits",), through=("mlp",))):
         with pytest.raises(CircuitGraphError, match="what a writer says is not known by span; take an algorithm of masks and gradients"):
             PerPosition(algorithm).run(engine)
 

@@ -13,6 +13,7 @@ from engines import SHORT, Row, bound
 from circuitgraph._engine import Engine, Outcome, SteppedAlgorithm
 from circuitgraph._errors import CircuitGraphError, DegenerateError
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching, Ensemble, ScreenedBy, Selected
+from circuitgraph.algorithms._screened import _Restricted
 from circuitgraph.selection import Greedy, IntegerProgram, SignedTopN, Threshold, TopN
 from circuitgraph.testing import ReferenceModel
 
@@ -217,6 +218,22 @@ def test_screened_edges_are_never_live(row: Row) -> None:
         assert np.array_equal(outcome.mask, kept)
         assert np.isnan(outcome.scores[graph.visible & ~kept]).all()  # type: ignore[index]
         assert not outcome.scores[~graph.visible].any()  # type: ignore[index]
+
+
+def test_no_query_brings_a_screened_edge_back() -> None:
+    """Asked with every edge live, a restricted engine answers as the engine does where only the kept ones are."""
+    engine = spanned()
+    kept = TopN().choose(engine.graph, Given(5).run(engine), 9).mask
+    restricted, live = _Restricted(engine, kept), kept.astype(float)
+    ones = np.ones(kept.shape)
+    assert restricted.graph.n_edges == 9
+    assert np.array_equal(restricted.evaluate(ones[None]), engine.evaluate(live[None]))
+    assert np.array_equal(restricted.evaluate(np.ones((1, *kept.shape, 2))), engine.evaluate(live[None]))
+    assert np.array_equal(restricted.gradient(ones), engine.gradient(live) * kept)
+    assert np.array_equal(restricted.source_gradient(ones), engine.source_gradient(live))
+    assert np.array_equal(restricted.source_values()[0], engine.source_values()[0])
+    for asked in (None, ones):
+        assert np.array_equal(restricted.activations(asked)[0], engine.activations(live)[0])
 
 
 def test_a_screened_search_stays_within() -> None:

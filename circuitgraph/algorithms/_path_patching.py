@@ -60,7 +60,7 @@ class PathPatching:
     def __post_init__(self) -> None:
         patterns_of("path patching: receivers", self.receivers)
         patterns_of("path patching: senders", self.senders)
-        if isinstance(self.through, str) or not set(self.through) <= set(get_args(Mediator)):
+        if not isinstance(self.through, (tuple, list)) or any(kind not in get_args(Mediator) for kind in self.through):
             raise CircuitGraphError(f"path patching: through is {self.through!r}; expected 'head' or 'mlp' or both, in a tuple")
         check_runs("path patching", self.direction, self.max_lanes)
 

@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from circuitgraph._engine import EXACT, Algorithm, Engine, Outcome, Rule, SteppedAlgorithm, WriterValues, checked_mask, last_outcome
+from circuitgraph._engine import (
+    EXACT,
+    Algorithm,
+    Engine,
+    Outcome,
+    Rule,
+    SteppedAlgorithm,
+    WriterValues,
+    checked_algorithm,
+    checked_mask,
+    last_outcome,
+)
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
@@ -32,23 +43,23 @@ class PerPosition:
 
     Cost: for gradient methods that of `algorithm`. For one that tries edges or nodes one by one (activation patching, ACDC) that of
     `algorithm` times the number of spans. Raises `CircuitGraphError` for prompts without spans, and for an algorithm that looks into what
-    writers say (information flow, magnitude), which an engine does not tell by span.
+    writers say (information flow, magnitude, path patching through other parts), which an engine does not tell by span.
 
     >>> from circuitgraph._pairs import PromptPairs
     >>> from circuitgraph.algorithms import EAP
     >>> from circuitgraph.testing import ReferenceModel
     >>> pairs = PromptPairs([[5, 6, 7]], [[5, 9, 7]], answers=[6], wrong_answers=[9], spans=[[0, 0, 1]], span_names=["BEGIN", "END"])
     >>> engine = ReferenceModel.random(seed=0, n_layers=1).bind(pairs, "logit_diff")
-    >>> outcome = PerPosition(EAP()).run(engine)
-    >>> bool(np.allclose(outcome.scores.reshape(*engine.graph.shape, 2).sum(-1), EAP().run(engine).scores))
+    >>> by_span = PerPosition(EAP()).run(engine).scores.reshape(*engine.graph.shape, 2)
+    >>> bool(abs(by_span.sum(-1) - EAP().run(engine).scores).max() < 1e-9)
     True
     """
 
     algorithm: Algorithm
 
     def __post_init__(self) -> None:
-        if isinstance(self.algorithm, type | PerPosition) or not isinstance(self.algorithm, Algorithm):
-            raise CircuitGraphError(f"per position: the algorithm is {self.algorithm!r}; expected an instance of one, such as EAP()")
+        if isinstance(checked_algorithm("per position: algorithm", self.algorithm), PerPosition):
+            raise CircuitGraphError(f"per position: algorithm: {self.algorithm!r}; expected one that is not per position already")
 
     @property
     def default_metric(self) -> str | None:

@@ -37,7 +37,7 @@ class Selected:
     sizes 1, 2, 4, ... the first that reaches the target, and from there bisection (in `max_lanes` places at once) between the last size
     that failed and the first that did not, until they are 1% apart. A smaller size that happens to do well between two that fail is missed.
 
-    Cost: the algorithm's; with a target, one forward pass for each size tried, some 20 to 40, and 2.
+    Cost: the algorithm's; with a target, one forward pass for each size tried, some 10 to 30, and 2.
 
     The record is the algorithm's and, under "selection", the `size` chosen from, the number of `edges` kept, what the selector has to say,
     and with a target the `faithfulness` reached and the sizes `tried`, as [size, edges kept, faithfulness]. Raises `CircuitGraphError`

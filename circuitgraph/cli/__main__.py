@@ -2,4 +2,5 @@
 
 from circuitgraph.cli import app
 
-app(prog_name="circuitgraph")
+if __name__ == "__main__":
+    app(prog_name="circuitgraph")

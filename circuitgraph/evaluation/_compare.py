@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph._circuit import Circuit
+from circuitgraph._engine import Algorithm
 from circuitgraph._errors import CircuitGraphError
-from circuitgraph.evaluation._faithfulness import Faithfulness, faithfulness
+from circuitgraph.algorithms import Magnitude, Random
+from circuitgraph.evaluation._faithfulness import Faithfulness
 from circuitgraph.evaluation._overlap import jaccard, jaccard_by_chance
+from circuitgraph.evaluation._protocol import Protocol
 from circuitgraph.evaluation._question import Question
+from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,12 +31,15 @@ if TYPE_CHECKING:
 class Comparison:
     """Two circuits or more, by name. `same_size`: the edges that each was cut to, and what they are worth then, if that was asked.
 
-    Jaccard indices are of edges, `by_chance` those of random circuits of the same sizes.
+    Jaccard indices are of edges, `by_chance` those of random circuits of the same sizes. `baselines`: what as many edges are worth that
+    random and magnitude scores choose. `protocol`: how faithfulness came about.
     """
 
     circuits: Mapping[str, Circuit]
     same_size: int | None = None
     faithfulness: Mapping[str, Faithfulness] = dataclasses.field(default_factory=dict)
+    baselines: Mapping[str, Faithfulness] = dataclasses.field(default_factory=dict)
+    protocol: Protocol | None = None
 
     @property
     def owners(self) -> Int[ndarray, "readers writers"]:
@@ -74,6 +81,8 @@ class Comparison:
             if self.same_size is not None:
                 line.append(f"{found.value:.3f}" if (found := self.faithfulness.get(name)) else "no scores to cut by")
             lines.append(tuple(line))
+        empty = [""] * (len(heading) - 4)
+        lines += [(name, f"{self.same_size}", "", "", *empty, f"{found.value:.3f}") for name, found in self.baselines.items()]
         return (tuple(heading), *lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +100,8 @@ class Comparison:
             "jaccard_of_nodes": self.jaccard_of_nodes.tolist(),
             "same_size": self.same_size,
             "faithfulness": {name: dataclasses.asdict(found) for name, found in self.faithfulness.items()},
+            "baselines": {name: dataclasses.asdict(found) for name, found in self.baselines.items()},
+            "protocol": self.protocol.to_dict() if self.protocol else None,
         }
 
     def to_json(self) -> str:
@@ -122,8 +133,9 @@ class Comparison:
 def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -> Comparison:
     """What circuits of one graph have in common.
 
-    With a `question` also the faithfulness of each when it is cut to the size of the smallest, by the |score| of its own edges; a larger
-    circuit without scores cannot be cut. Raises `CircuitGraphError` for fewer than two circuits, or circuits of different graphs.
+    With a `question` also the faithfulness of each when it is cut to the size of the smallest, by the |score| of its own edges (a larger
+    circuit without scores cannot be cut), and of as many edges by random and by magnitude scores. Raises `CircuitGraphError` for fewer
+    than two circuits, or circuits of different graphs.
 
     >>> from circuitgraph._graph import Layer, transformer_graph
     >>> graph = transformer_graph([Layer(n_heads=1, n_kv_heads=1)])
@@ -143,12 +155,15 @@ def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -
     if question is None:
         return Comparison(dict(circuits))
     size = min(circuit.n_edges for circuit in circuits.values())
-    cut = {name: found for name, circuit in circuits.items() if (found := _cut(circuit, size)) is not None}
-    values = {
-        name: faithfulness(question.evaluate(circuit.mask), question.clean, question.corrupted, seed=question.seed)
-        for name, circuit in cut.items()
+    scale = scale_of(question, first[1].graph)
+    cut = {name: part for name, circuit in circuits.items() if (part := _cut(circuit, size)) is not None}
+    found = {name: scale.faithfulness(circuit.mask) for name, circuit in cut.items()}
+    scored: dict[str, Algorithm] = {} if scale.graph.spans else {"random": Random(question.seed), "magnitude": Magnitude()}
+    baselines = {
+        name: scale.faithfulness(Circuit(scale.graph, scale.graph.visible, method.run(question.engine).scores).top(size).mask)
+        for name, method in scored.items()
     }
-    return Comparison(dict(circuits), size, values)
+    return Comparison(dict(circuits), size, found, baselines, scale.protocol)
 
 
 def _cut(circuit: Circuit, size: int) -> Circuit | None:

@@ -25,9 +25,14 @@ from circuitgraph.evaluation._question import NO_TASK, Question, pose, warn
 from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from numpy import ndarray
     from rich.table import Table
 
     from circuitgraph._task import Task
+
+
+RANDOM_CIRCUITS = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Report:
     `metric_nodes` with every edge between its nodes live; `metric_complement` with all edges but the circuit's. Between source run (0) and
     model (1), `faithfulness` places the first of these three, `node_faithfulness` the second, `complement` the third (Marks et al. 2024
     call it completeness): near 0, nothing that does the job was left out. Each may leave that range. Intervals are 95% bootstrap
-    intervals over prompts, `None` for one prompt. `task_accuracy` is the untouched model's.
+    intervals over prompts, `None` for one prompt. `task_accuracy` is the untouched model's. `random_faithfulness` is the mean of
+    `RANDOM_CIRCUITS` circuits of as many edges at random, `random_faithfulness_most` the best of them: what a size alone is worth.
 
     `protocol` is that of every number here, but for the granularity of what is said of nodes. `findings`: what deeper measures found, by
     the name of the measure.
@@ -67,6 +73,8 @@ class Report:
     node_faithfulness_interval: Interval | None
     complement: float
     complement_interval: Interval | None
+    random_faithfulness: float
+    random_faithfulness_most: float
     protocol: Protocol
     findings: Mapping[str, Finding] = dataclasses.field(default_factory=dict)
 
@@ -94,6 +102,10 @@ class Report:
             ("faithfulness (1 is the model)", str(Estimate(self.faithfulness, self.faithfulness_interval))),
             ("faithfulness of its nodes", str(Estimate(self.node_faithfulness, self.node_faithfulness_interval))),
             ("complement (0: nothing left out)", str(Estimate(self.complement, self.complement_interval))),
+            (
+                "random circuits of its size",
+                f"{self.random_faithfulness + 0.0:.3f} (the best of them: {self.random_faithfulness_most + 0.0:.3f})",
+            ),
             *(row for finding in self.findings.values() for row in finding.rows()),
         )
 
@@ -185,8 +197,11 @@ def answer(question: Question, circuit: Circuit) -> Report:
     scale = scale_of(question, circuit.graph)
     graph, kept = circuit.graph, circuit.mask
     nodes = node_version(circuit)
-    by_edges, by_nodes, outside = scale.metrics(np.stack([kept, nodes, graph.visible & ~kept]))
+    by_edges, by_nodes, outside, *others = scale.metrics(
+        np.stack([kept, nodes, graph.visible & ~kept, *random_circuits(circuit, question.seed)])
+    )
     faithful, between, complement = scale.placed(by_edges), scale.placed(by_nodes), scale.placed(outside)
+    chance = [scale.placed(other).value for other in others]
     return Report(
         model=question.traced.name,
         task=question.task_name,
@@ -211,8 +226,20 @@ def answer(question: Question, circuit: Circuit) -> Report:
         node_faithfulness_interval=between.interval,
         complement=complement.value,
         complement_interval=complement.interval,
+        random_faithfulness=float(np.mean(chance)),
+        random_faithfulness_most=max(chance),
         protocol=scale.protocol,
     )
+
+
+def random_circuits(circuit: Circuit, seed: int) -> list[Bool[ndarray, "readers writers"]]:
+    """Circuits of as many edges, drawn at random."""
+    edges, masks = np.flatnonzero(circuit.graph.visible), []
+    for number in range(RANDOM_CIRCUITS):
+        mask = np.zeros(circuit.graph.shape, dtype=bool)
+        mask.flat[np.random.default_rng([seed, number]).choice(edges, circuit.n_edges, replace=False)] = True
+        masks.append(mask)
+    return masks
 
 
 def with_report(circuit: Circuit, report: Report) -> Circuit:

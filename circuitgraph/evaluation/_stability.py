@@ -23,6 +23,7 @@ from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._overlap import mean_jaccard, mean_jaccard_by_chance
 from circuitgraph.evaluation._question import Question, pose
+from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -151,7 +152,8 @@ def stability(
         "algorithm": type(algorithm).__name__,
         "prompts": len(question.pairs),
     }
-    where = {"metric": question.metric.name, "source": question.source.kind, "seed": seed}
+    protocol = scale_of(question, question.traced.graph).protocol.to_dict()
+    where = {"metric": question.metric.name, "source": question.source.kind, "seed": seed, "protocol": protocol}
     return Stability(question.traced.graph, varied, tuple(masks), {**asked, **where})
 
 

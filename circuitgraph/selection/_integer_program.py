@@ -37,7 +37,7 @@ class IntegerProgram:
     To choose edges by an integer programme instead of greedily is an idea of Nikankin et al. (2025, arXiv:2510.25786); these constraints
     are our own. As the graph is acyclic, they hold exactly where `Graph.prune_dead` drops nothing.
 
-    It is solved as a linear programme first: where that comes out whole, as with SmolLM2's 70,651 edges it does in seconds, it is the
+    It is solved as a linear programme first: where that comes out whole, as it mostly does for SmolLM2, 70,651 edges, in seconds, it is the
     optimum. Otherwise nodes, and at last edges, must be whole, which can take long: `time_limit` seconds stop a choice, a relative `gap` of
     the sum ends it early. The record says whether the choice is optimal, its sum, the bound on any circuit's, and whether the limit was
     hit; then the best that was found is kept, at least as good as `Greedy`'s and as `TopN`'s without its dead edges, and another run may

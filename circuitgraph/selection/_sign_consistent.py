@@ -30,7 +30,7 @@ class SignConsistent:
 
     Resamples are drawn with replacement, from all prompts alike (templates are not kept apart). The scores of each prompt are needed:
     `Outcome.prompt_scores`, which algorithms give whose scores are means over prompts, such as eap. There may be fewer consistent edges
-    than `size`; the record says how many there are. Whether edges can be dead is up to `then`.
+    than `size`; the record says how many there are. Whether edges can be dead is up to `then`; one that a path needs may be inconsistent.
     """
 
     share: float = 0.95
