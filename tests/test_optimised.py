@@ -28,7 +28,7 @@ from circuitgraph.evaluation import evaluate, optimal_source
 from circuitgraph.evaluation._question import digest
 from circuitgraph.testing import ReferenceModel, random_pairs
 
-TORCH, REFERENCE, JAX = (Row(backend, "gpt2") for backend in ("torch", "reference", "jax"))
+TORCH, REFERENCE = Row("torch", "gpt2"), Row("reference", "gpt2")
 GRAPH = transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * 2)
 PATH = ("input->a0.h1<v>", "a0.h1->m0", "m0->a1.h0<k>", "m0->logits", "a1.h0->logits")
 
@@ -235,13 +235,12 @@ def test_steps_make_progress_and_end_with_a_record(algorithm: Any, metric: str) 
     Circuit(graph, last.mask, last.scores, record=last.record)  # plain values only
 
 
-@pytest.mark.parametrize("row", [REFERENCE, JAX], ids=str)
-def test_backends_agree(row: Row) -> None:
+def test_backends_agree() -> None:
     for algorithm in (EdgePruning(target=0.5, n_steps=1), UniformGradientSampling(n_steps=1, n_samples=1, ablation="optimal")):
-        here, there = (algorithm.run(bound(each, "kl")) for each in (TORCH, row))
-        assert here.scores is not None
-        assert there.scores is not None
-        assert np.allclose(here.scores, there.scores, atol=1e-4)
+        here, there = (algorithm.run(bound(row, "kl")).scores for row in (TORCH, REFERENCE))
+        assert here is not None
+        assert there is not None
+        assert np.allclose(here, there, atol=1e-4)
 
 
 def test_a_loss_goes_down_whichever_direction_is_better() -> None:
@@ -291,6 +290,7 @@ def test_hisp_normalises_each_layer_and_keeps_prompts() -> None:
             assert np.allclose(values * np.linalg.norm(before), before)
     assert outcome.record["nodes"]["input"] == pytest.approx(1)
     assert outcome.prompt_scores is not None
+    assert outcome.scores is not None
     assert np.allclose(outcome.prompt_scores.mean(axis=0), outcome.scores, atol=1e-6)
     with pytest.raises(DegenerateError, match="kl"):
         HISP().run(bound(TORCH, "kl"))
@@ -333,7 +333,7 @@ def test_fitted_constants_are_the_best_ones() -> None:
 
 def test_writer_means_are_over_prompts_and_positions() -> None:
     values = Quadratic().said
-    means, together = writer_means(values), np.concatenate(values, axis=1)  # type: ignore[arg-type]
+    means, together = writer_means(values), np.concatenate(values, axis=1)
     assert means.mean == pytest.approx(together.mean(axis=1))
     assert means.spread == pytest.approx(np.sqrt(together.var(axis=1).mean(axis=1)))
     constants = ConstantValues(means.mean, means.lengths)
@@ -401,6 +401,7 @@ def test_a_circuit_is_evaluated_with_the_constants_of_its_discovery(fits: list[i
     assert anew.protocol.ablation_data != others.protocol.ablation_data
 
 
+@pytest.mark.filterwarnings("ignore:logit_diff cannot tell")
 def test_given_constants_are_asked_for_again(fits: list[int]) -> None:
     source = optimal_source(TORCH.traced, SHORT)
     circuit = discover(TORCH.traced, SHORT, HALF, source=source, metric="kl")
@@ -413,6 +414,7 @@ def test_given_constants_are_asked_for_again(fits: list[int]) -> None:
     assert report.protocol.ablation_data == circuit.provenance["source_data"]
 
 
+@pytest.mark.filterwarnings("ignore:logit_diff cannot tell")
 def test_optimal_just_works() -> None:
     circuit = discover(TORCH.traced, SHORT, HALF, source="optimal", metric="kl")
     assert circuit.provenance["source_fitted_to"] == digest(SHORT)

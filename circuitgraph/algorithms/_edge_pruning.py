@@ -12,7 +12,7 @@ from circuitgraph._engine import Algorithm, Engine, Outcome, last_outcome
 from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph.algorithms import _hard_concrete as hc
 from circuitgraph.algorithms._adam import Adam
-from circuitgraph.algorithms._relaxed import check_target, gap, is_record_due, loss, loss_gradient, n_wanted, number, strongest
+from circuitgraph.algorithms._relaxed import check_target, gap, is_record_due, loss, loss_gradient, n_wanted, number
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,7 +86,7 @@ class EdgePruning:
         for step in range(1, self.n_steps + 1):
             wanted = 1 - (1 - n_kept / graph.n_edges) * min(1.0, step / (WARM_UP * self.n_steps))
             share = descent.go_down(wanted, rate=1 - (step - 1) / self.n_steps)
-            kept = graph.prune_dead(strongest(descent.scores, graph, n_kept))
+            kept = graph.prune_dead(graph.largest(descent.scores, n_kept))
             sparsity.append([1 - share, 1 - wanted])
             if is_record_due(step, self.n_steps):
                 losses.append([step, loss(engine, kept)])

@@ -53,7 +53,7 @@ class UniformGradientSampling:
     >>> engine = ReferenceModel.random(seed=0, n_layers=1).bind(pairs, "kl")
     >>> outcome = UniformGradientSampling(penalty=0.01, n_steps=20).run(engine)
     >>> [edge.name for edge in engine.graph.edges_of(outcome.mask)]
-    []
+    ['input->a0.h1<v>', 'a0.h1->m0', 'a0.h1->logits', 'm0->logits']
     """
 
     default_metric: ClassVar[str] = "kl"
