@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1
+_POINTS = 16  # of the midpoint rule
 _MARGIN = 1e-6  # of u, from 0 and 1
 
 
@@ -45,6 +46,20 @@ def expected_l0(log_alpha: Array) -> tuple[Array, Array]:
     """
     p = sigmoid(log_alpha - TEMPERATURE * math.log(-LOW / HIGH))
     return p, p * (1 - p)
+
+
+def expected_value(log_alpha: Array) -> tuple[Array, Array]:
+    """The mean of a mask, which is the mean of P(mask > t) over t from 0 to 1, and its derivative in `log_alpha`.
+
+    >>> float(expected_value(np.array(0.0))[0].round(3))
+    0.5
+    """
+    total, slope = np.zeros(np.shape(log_alpha)), np.zeros(np.shape(log_alpha))
+    for t in (np.arange(_POINTS) + 0.5) / _POINTS:
+        s = (t - LOW) / (HIGH - LOW)
+        p = sigmoid(log_alpha - TEMPERATURE * math.log(s / (1 - s)))
+        total, slope = total + p / _POINTS, slope + p * (1 - p) / _POINTS
+    return total, slope
 
 
 def settled(log_alpha: Array) -> Array:

@@ -13,7 +13,7 @@ from circuitgraph._errors import CircuitGraphError, DegenerateError
 from circuitgraph._graph import Graph
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from numpy import ndarray
 
 RECORDS = 10  # how often on the way the loss of the circuit so far is measured
@@ -67,14 +67,6 @@ def _is_flat(engine: Engine, mask: Float[ndarray, "readers writers"]) -> bool:
 
 def _sign(engine: Engine) -> float:
     return -1.0 if engine.metric.higher_is_better else 1.0
-
-
-def strongest(scores: Float[ndarray, "readers writers"], graph: Graph, n: int) -> Bool[ndarray, "readers writers"]:
-    """The `n` visible edges of largest score; of equal ones the first."""
-    order = np.argsort(np.where(graph.visible, -scores, np.inf), axis=None, kind="stable")
-    kept = np.zeros(graph.visible.size, dtype=bool)
-    kept[order[:n]] = True
-    return kept.reshape(graph.shape) & graph.visible
 
 
 def n_wanted(target: float, graph: Graph) -> int:

@@ -49,7 +49,7 @@ class SubnetworkProbing:
 
     default_metric: ClassVar[str] = "kl"
 
-    penalty: float = 0.02
+    penalty: float = 0.05
     n_steps: int = 60
     learning_rate: float = 0.4
     seed: int = 0

@@ -16,7 +16,7 @@ from circuitgraph.algorithms._hard_concrete import sigmoid
 from circuitgraph.algorithms._relaxed import gap, is_record_due, loss, loss_gradient, number, source_slope
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from numpy import ndarray
 
 Ablation = Literal["source", "optimal"]
@@ -53,15 +53,15 @@ class UniformGradientSampling:
     >>> engine = ReferenceModel.random(seed=0, n_layers=1).bind(pairs, "kl")
     >>> outcome = UniformGradientSampling(penalty=0.01, n_steps=20).run(engine)
     >>> [edge.name for edge in engine.graph.edges_of(outcome.mask)]
-    []
+    ['input->a0.h1<v>', 'a0.h1->m0', 'a0.h1->logits', 'm0->logits']
     """
 
     default_metric: ClassVar[str] = "kl"
 
-    penalty: float = 0.002
+    penalty: float = 0.005
     n_steps: int = 50
     n_samples: int = 2
-    learning_rate: float = 0.3
+    learning_rate: float = 0.4
     initial: float = 1.0
     ablation: Ablation = "source"
     seed: int = 0
@@ -93,7 +93,8 @@ class UniformGradientSampling:
             slopes = [loss_gradient(engine, graph.visible * mask, source=source) for mask in masks]
             if constants is not None:
                 constants.go_down(masks)
-            theta = theta + adam.step(np.where(graph.visible, p * (1 - p) * (mean_where_undecided(slopes, masks) + price), 0.0))
+            slope, is_known = mean_where_undecided(slopes, masks)
+            theta = theta + adam.step(np.where(graph.visible & is_known, p * (1 - p) * (slope + price), 0.0))
 
             scores = np.where(graph.visible, sigmoid(theta), 0.0)
             kept = graph.prune_dead(scores > 0.5)
@@ -112,11 +113,11 @@ def sampled(p: Float[ndarray, "readers writers"], u: Float[ndarray, "readers wri
 
 def mean_where_undecided(
     slopes: list[Float[ndarray, "readers writers"]], masks: list[Float[ndarray, "readers writers"]]
-) -> Float[ndarray, "readers writers"]:
-    """The mean of the slopes over the samples where an edge is neither kept nor removed; 0 where it never is."""
+) -> tuple[Float[ndarray, "readers writers"], Bool[ndarray, "readers writers"]]:
+    """The mean of the slopes over the samples where an edge is neither kept nor removed, and whether there is such a sample."""
     undecided = (np.array(masks) > 0) & (np.array(masks) < 1)
-    mean: Float[ndarray, "readers writers"] = (np.array(slopes) * undecided).sum(axis=0) / np.maximum(undecided.sum(axis=0), 1)
-    return mean
+    n = undecided.sum(axis=0)
+    return (np.array(slopes) * undecided).sum(axis=0) / np.maximum(n, 1), n > 0
 
 
 @dataclass
