@@ -424,9 +424,9 @@ def test_by_span_circuits_are_asked_with_a_span_axis() -> None:
     assert scale.faithfulness(circuit_of(split, ["input@END->logits"]).mask).value == 1.0
     assert scale.faithfulness(circuit_of(split, ["input@S->logits"]).mask).value == 0.0
     assert set(asked) == {(*GRAPH.shape, 2)}
-    with pytest.raises(cg.CircuitGraphError, match="the circuit is of Graph"):
+    with pytest.raises(cg.CircuitGraphError, match="split by the spans A, B; the prompts have S, END"):
         engine.scale(GRAPH.by_span(("A", "B")))
-    with pytest.raises(cg.CircuitGraphError, match="the circuit is of Graph"):
+    with pytest.raises(cg.CircuitGraphError, match="split by the spans S, END; the prompts have none"):
         Planted(GRAPH, f).scale(split)
 
 

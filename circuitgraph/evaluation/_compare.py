@@ -81,8 +81,8 @@ class Comparison:
             if self.same_size is not None:
                 line.append(f"{found.value:.3f}" if (found := self.faithfulness.get(name)) else "no scores to cut by")
             lines.append(tuple(line))
-        empty = [""] * (len(heading) - 4)
-        lines += [(name, f"{self.same_size}", "", "", *empty, f"{found.value:.3f}") for name, found in self.baselines.items()]
+        empty = [""] * (1 + len(self.circuits))
+        lines += [(name, f"{self.same_size}", *empty, f"{found.value:.3f}") for name, found in self.baselines.items()]
         return (tuple(heading), *lines)
 
     def to_dict(self) -> dict[str, Any]:
