@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from planted import Planted
 
 from circuitgraph import Circuit, Graph, discover
+from circuitgraph._discover import strongest
 from circuitgraph._engine import Algorithm, Engine, Source, SteppedAlgorithm
 from circuitgraph._errors import CircuitGraphError, DegenerateError
 from circuitgraph._graph import Layer, transformer_graph
@@ -419,6 +420,14 @@ def test_optimal_just_works() -> None:
     circuit = discover(TORCH.traced, SHORT, HALF, source="optimal", metric="kl")
     assert circuit.provenance["source_fitted_to"] == digest(SHORT)
     assert evaluate(TORCH.traced, SHORT, circuit).metric_corrupted == pytest.approx(circuit.provenance["metric_corrupted"])
+
+
+def test_what_an_algorithm_chose_is_not_cut_again() -> None:
+    circuit = Circuit(GRAPH, GRAPH.visible, GRAPH.visible * 1.0)
+    chosen = Circuit(GRAPH, worth(PATH).worth == 1, GRAPH.visible * 1.0)
+    assert strongest(circuit).n_edges < circuit.n_edges
+    assert strongest(chosen) == chosen
+    assert strongest(chosen, top=46) != chosen
 
 
 # Bad input.
