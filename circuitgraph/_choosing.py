@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from circuitgraph import _discover, _plugins
+from circuitgraph._engine import Engine, Outcome
 from circuitgraph._errors import CircuitGraphError, unknown_name
 from circuitgraph.algorithms import ACDC, Selected
 from circuitgraph.selection import Greedy, IntegerProgram, Selector, SignConsistent, SignedTopN, Threshold, TopN, default_size
@@ -67,13 +68,32 @@ def _chosen(method: Any, choosing: Choosing) -> tuple[Any, Any]:
 
 
 def deciding(name: str, settings: Sequence[str], choosing: Choosing) -> Any:
-    """The algorithm as one that keeps some edges only, for what repeats it and looks at its circuits. `sized` makes it whole."""
+    """The algorithm as one that keeps some edges only, for what repeats it and looks at its circuits."""
     method, choose = algorithm(name, settings, choosing)
     if choose is None:
         return method
     if choosing.threshold is not None:
         return Selected(method, Threshold(choosing.threshold))
-    return Selected(method, size=choosing.top)
+    return Decided(method) if choosing.top is None else Selected(method, size=choosing.top)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What an algorithm decided on; of one that keeps every edge, the strongest, by default as many as `discover` keeps."""
+
+    algorithm: Any
+
+    @property
+    def default_metric(self) -> str | None:
+        """That of the algorithm."""
+        return getattr(self.algorithm, "default_metric", None)
+
+    def run(self, engine: Engine) -> Outcome:
+        outcome: Outcome = self.algorithm.run(engine)
+        graph = outcome.graph or engine.graph
+        if not outcome.mask[graph.visible].all():
+            return outcome
+        return replace(outcome, mask=graph.prune_dead(TopN().choose(graph, outcome, default_size(graph.n_edges)).mask))
 
 
 def named(text: str) -> tuple[str, Any]:

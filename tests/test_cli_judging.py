@@ -67,6 +67,13 @@ def test_stability_writes_what_returns(tmp_path: Path) -> None:
     assert "order_seed" in refused("stability", *ZOO, "-a", "eap", "--vary", "order")
 
 
+def test_what_an_algorithm_decides_is_what_is_repeated() -> None:
+    found = json.loads(run("stability", *ZOO, "-a", "edge-pruning", "--set", "n_steps=2", "--set", "target=40", "--runs", 2, "--json"))
+    assert min(found["sizes"]) > 20  # not the default size
+    kept = json.loads(run("stability", *ZOO, "-a", "magnitude", "--runs", 2, "--json"))
+    assert max(kept["sizes"]) <= 20
+
+
 def test_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     asked = ("benchmark", "-m", "zoo:induction-2l", "-t", "induction", "-n", 6, "-o", tmp_path, "-a", "eap-ig:points=2", "--json")
     first = json.loads(run(*asked, "-a", "eap"))

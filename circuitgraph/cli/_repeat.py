@@ -93,7 +93,6 @@ def stability_of(
     varied: Any = vary or ["prompts"]
     with progress_bar() as tell:
         traced = trace_model(model, backend, per_head_kv, device, dtype)
-        method = _choosing.sized(method, traced.graph.n_edges)
         found = stability(
             traced, task, method, vary=varied, runs=runs, prompts=prompts, seed=seed, metric=metric, source=origin, progress=tell
         )
