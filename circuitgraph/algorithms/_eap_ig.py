@@ -40,7 +40,8 @@ class EAPIG:
 
     `quadrature`: where the `points` lie. "midpoint", the default, leaves both ends alone and has equal weights, so its points run together.
     "gauss-legendre" is exact for polynomials; a transformer may turn too sharply for a few points of it. "trapezoid" has both ends. "left"
-    (k / points from k = 0) are the points of Hanna et al.'s code for inputs, "right" (from k = 1) those for activations; their clean-corrupted average of the gradients at the two ends is `EAPIG(points=2, quadrature="trapezoid")`.
+    (k / points from k = 0) are the points of Hanna et al.'s code for inputs, "right" (from k = 1) those for activations;
+    their clean-corrupted average of the gradients at the two ends is `EAPIG(points=2, quadrature="trapezoid")`.
 
     KL divergence works, because the points leave the clean run; a point at its end adds nothing.
 
