@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
+from circuitgraph._incremental import Incremental, Part
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
@@ -21,6 +22,7 @@ from circuitgraph_torch._calls import AttentionCall, attention_calls, block_inpu
 from circuitgraph_torch._collect import Collector, EdgeScores, SourceGrads, Spans
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
+from circuitgraph_torch._kept import KeptRun
 from circuitgraph_torch._recomputed import Recomputed
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class Batch:
         self.live_ids, self._other_ids = live, other
         self._differences: tuple[SourceRun, Tensor] | None = None
         self._unmixed: tuple[SourceRun, bytes, Tensor] | None = None
+        self._kept: tuple[SourceRun, KeptRun, Incremental] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -109,11 +112,41 @@ class Batch:
 
     def forget(self) -> None:
         """Drop the cached runs."""
-        self._differences = self._unmixed = None
+        self._differences = self._unmixed = self._kept = None
         self.__dict__.pop("live", None)
         self.__dict__.pop("_input", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        if masks.ndim == 4 or self._input.element_size() < 4:  # a difference of two rounded values would add up
+            return self._fresh(masks, source)
+        if self._kept is None or self._kept[0] is not source:
+            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+        _, kept, incremental = self._kept
+        plan = incremental.plan(masks)
+        if plan.anew:
+            kept = self._new_kept(source)
+            self._kept = (source, kept, incremental)
+        if plan.move is not None:
+            kept.move(incremental.mask, plan.move)
+        if not plan.parts:
+            return self._fresh(masks, source)
+        out = np.empty((len(masks), len(self)))
+        for part in plan.parts:
+            size = max(1, _LANES_BYTES // self._bytes_per_lane(part))
+            for at in range(0, len(part.lanes), size):
+                lanes = part.lanes[at : at + size]
+                out[lanes] = self._measure(kept.ends(masks[lanes], part)).double().cpu().numpy()
+        return out
+
+    def _new_kept(self, source: SourceRun) -> KeptRun:
+        return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, self._live_differences(source))
+
+    def _bytes_per_lane(self, part: Part) -> int:
+        vectors = int((part.changed.writers > 0).sum()) + 2 * self._widest  # what changes, one layer's readers and their norms
+        return vectors * self._input.numel() * self._input.element_size()
+
+    def _fresh(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        """Of each lane from the first layer in which it differs from the model's own run."""
         starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=-1))
         out = np.empty((len(masks), len(self)))
         order = np.argsort(starts, kind="stable")
@@ -127,10 +160,13 @@ class Batch:
 
     def _lanes(self, start: int) -> int:
         sites, x = self._parts.sites, self._input
-        widest = max((layer.attention.stop - layer.attention.first for layer in sites.layers if layer.attention), default=1)
-        vectors = len(sites.graph.writers) - sites.writers_before(start) + 2 * widest  # writers kept, one layer's readers and their norms
-        per_lane = vectors * x.numel() * x.element_size()
-        return max(1, _LANES_BYTES // per_lane)
+        vectors = len(sites.graph.writers) - sites.writers_before(start) + 2 * self._widest  # writers, one layer's readers and norms
+        return max(1, _LANES_BYTES // (vectors * x.numel() * x.element_size()))
+
+    @property
+    def _widest(self) -> int:
+        """How many readers an attention has at most."""
+        return max((layer.attention.stop - layer.attention.first for layer in self._parts.sites.layers if layer.attention), default=1)
 
     def _lanes_from(self, start: int, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         sites = self._parts.sites
