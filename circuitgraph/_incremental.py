@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuitgraph._liveness import ALL, Extent, Liveness
+from circuitgraph._liveness import ALL, DEAD, Extent, Liveness
 from circuitgraph._sites import Sites
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ _TOGETHER = 1.2  # how much more work two parts may be as one
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Lanes that differ from the kept run in the inputs of some readers only, and what of them must be recomputed."""
+    """Lanes that differ from the kept run in the inputs of some readers only: what is needed of them, and what of that changes."""
 
     lanes: Int[ndarray, " some"]
     readers: Int[ndarray, " some"]
+    needed: Extent
     changed: Extent
 
 
@@ -84,16 +85,16 @@ class Incremental:
         settled = self._settled(masks, previous, differs)
         parts = [self._part(masks, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
         work = sum(self._work(part.changed) * len(part.lanes) for part in parts)
-        if _OVERHEAD * work >= self._fresh_work(masks, differs):
+        if _OVERHEAD * work > self._fresh_work(parts, differs):
             return Plan(anew=anew)
         move, mask, known = None, self.mask, self._known
         if settled.any():
             mask = np.where(settled[:, None], masks[0], self.mask)
             move = self._part(mask[None], np.zeros(1, dtype=np.int64), settled)
-            known = self._needed(mask[None])
+            known = move.needed
             if not self._known.covers(known):
                 return None
-        if not all(known.covers(self._needed(masks[part.lanes])) for part in parts):
+        if not all(known.covers(part.needed) for part in parts):
             return None
         if move is not None:
             self.mask, self._known, self._n_moves = mask, known, self._n_moves + 1
@@ -120,10 +121,8 @@ class Incremental:
     ) -> Part:
         chosen = masks[lanes]
         kept = (chosen != 0).any(axis=0) & self._visible
-        return Part(lanes, np.flatnonzero(readers), self._liveness.changed(kept, readers, self._liveness.needed(kept)))
-
-    def _needed(self, masks: Float[ndarray, "lanes readers writers"]) -> Extent:
-        return self._liveness.needed((masks != 0).any(axis=0) & self._visible)
+        needed = self._liveness.needed(kept)
+        return Part(lanes, np.flatnonzero(readers), needed, self._liveness.changed(kept, readers, needed))
 
     def _together(self, masks: Float[ndarray, "lanes readers writers"], parts: Sequence[Part]) -> list[Part]:
         """Neighbouring parts as one where they recompute nearly the same, so that they share a run."""
@@ -143,12 +142,15 @@ class Incremental:
         """Of one lane, in the heads of a layer on all positions."""
         return float(self._work_of_writer @ self._share[changed.writers])
 
-    def _fresh_work(self, masks: Float[ndarray, "lanes readers writers"], differs: Bool[ndarray, "lanes readers"]) -> float:
+    def _fresh_work(self, parts: Sequence[Part], differs: Bool[ndarray, "lanes readers"]) -> float:
         """Of all lanes, run from the first layer in which they differ from the model itself."""
-        is_needed = self._needed(masks).writers > 0
         first = np.where(differs, self._sites.layer_of_row, len(self._sites.layers)).min(axis=1)
         starts = np.minimum(first, self._first_moved)
-        return sum(float(self._work_of_writer[at:] @ is_needed[at:]) for at in map(self._sites.writers_before, starts))
+        work = 0.0
+        for part in parts:
+            of_writer = self._work_of_writer * (part.needed.writers > DEAD)
+            work += sum(float(of_writer[at:].sum()) for at in map(self._sites.writers_before, starts[part.lanes]))
+        return work
 
 
 def _alike(differs: Bool[ndarray, "lanes readers"]) -> list[Int[ndarray, " some"]]:

@@ -64,9 +64,7 @@ class Liveness:
             np.maximum(writers, (kept[rows] * readers[rows][:, None]).max(axis=0), out=writers)
         return Extent(readers, writers)
 
-    def changed(
-        self, kept: Bool[ndarray, "readers writers"], sources: Bool[ndarray, " readers"], needed: Extent
-    ) -> Extent:
+    def changed(self, kept: Bool[ndarray, "readers writers"], sources: Bool[ndarray, " readers"], needed: Extent) -> Extent:
         """Of what is needed, what hears of a change in the inputs of some readers, and where."""
         readers = np.zeros(len(self._graph.readers), dtype=np.int8)
         writers = np.zeros(len(self._graph.writers), dtype=np.int8)

@@ -117,7 +117,8 @@ class Batch:
         self.__dict__.pop("_input", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        if masks.ndim == 4 or self._input.element_size() < 4:  # a difference of two rounded values would add up
+        """From a run that is kept, where that is less work. (In half precision never: what it hears would be rounded with every move.)"""
+        if len(masks) == 0 or masks.ndim == 4 or self._input.element_size() < 4:
             return self._fresh(masks, source)
         if self._kept is None or self._kept[0] is not source:
             self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))

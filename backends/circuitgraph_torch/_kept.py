@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +40,7 @@ class KeptRun:
         self.heard = _heard(joints, sites, live)
         self.first = _first_difference(differences)
         self._projected: dict[int, Tensor] = {}
+        self._aside: tuple[int, slice, Float[ndarray, " visible"], Tensor] | None = None
         self._is_own = False  # what was said: the live run's tensors must stay as they are
 
     def ends(self, masks: Float[ndarray, "lanes readers writers"], part: Part) -> Tensor:
@@ -60,7 +60,7 @@ class KeptRun:
                 self.said[writer, :, where] += change
                 self.differences[writer, :, where] += change
         self._projected.update({number: projected[0] for number, projected in lane.projected.items()})
-        self.mask = mask.copy()
+        self.mask, self._aside = mask.copy(), None
 
     def _hear(self, readers: Int[ndarray, " some"], where: slice, x: Tensor) -> None:
         heard = self.heard[int(readers[0])].clone()
@@ -72,13 +72,35 @@ class KeptRun:
         """What the readers of a layer's attention say to it, `[prompts, position, readers * head_dim]`."""
         if number not in self._projected:
             joint, site = self.joints.layers[number].attention, self.sites.layers[number].attention
-            assert joint is not None and site is not None
+            assert joint is not None
+            assert site is not None
             like = self.heard[site.first]
             projected = like.new_empty(*like.shape[:2], joint.n_readers, joint.head_dim)
             for readers in _same(range(site.first, site.stop), lambda reader: id(self.heard[reader])):
                 projected[:, :, readers - site.first] = _project(joint, self.heard[int(readers[0])], readers - site.first)
             self._projected[number] = projected.flatten(2)
         return self._projected[number]
+
+    def aside(self, reader: int, row: Float[ndarray, " visible"], where: slice) -> Tensor:
+        """What a reader would hear through another row, `[prompts, position, d_model]`; remembered, since the next row is mostly near."""
+        if self._aside is None or self._aside[:2] != (reader, where):
+            self._aside = (reader, where, self.mask[reader, : len(row)], self.heard[reader][:, where])
+        *_, known, x = self._aside
+        further = self.mixed((row - known)[None], where)
+        self._aside = (reader, where, row.copy(), x if further is None else x + further[0])
+        return self._aside[3]
+
+    def mixed(self, coefficients: Float[ndarray, "rows visible"], where: slice) -> Tensor | None:
+        """Sums of differences, `[rows, prompts, position, d_model]`; None where every coefficient is zero."""
+        writers = np.flatnonzero(coefficients.any(axis=0))
+        if len(writers) == 0:
+            return None
+        if 2 * len(writers) >= writers[-1] + 1 - writers[0]:
+            chosen = slice(int(writers[0]), int(writers[-1]) + 1)
+            differences, weights = self.differences[chosen, :, where], coefficients[:, chosen]
+        else:
+            differences, weights = self.differences[torch.from_numpy(writers).to(self.said.device)][:, :, where], coefficients[:, writers]
+        return (to_tensor(weights, differences) @ differences.flatten(1)).view(len(weights), *differences.shape[1:])
 
     def positions(self, level: int) -> slice:
         """Those in question. Before the first at which the source differs, no mask changes anything: attention looks back only."""
@@ -157,16 +179,12 @@ class _Lanes:
 
     def _given(self, reader: int, site: Site, where: slice) -> Tensor:
         """What a reader hears under the lanes' masks if every writer says what it said in the kept run."""
-        kept = self._kept
-        x = kept.heard[reader][:, where].expand(len(self._masks), *(-1,) * 3)
         if not self._is_given[reader]:
-            return x
-        moved = self._masks[:, reader, : site.n_visible] - kept.mask[reader, : site.n_visible]
-        writers = np.flatnonzero(moved.any(axis=0))
-        if len(writers) == 0:
-            return x
-        differences = kept.differences[torch.from_numpy(writers).to(x.device)][:, :, where]
-        return x + (to_tensor(moved[:, writers], x) @ differences.flatten(1)).view(x.shape)
+            return self._kept.heard[reader][:, where].expand(len(self._masks), *(-1,) * 3)
+        rows = self._masks[:, reader, : site.n_visible]
+        x = self._kept.aside(reader, rows[0], where)
+        further = self._kept.mixed(rows - rows[0], where)
+        return x.expand(len(rows), *(-1,) * 3) if further is None else x + further
 
     def _say(self, writers: Int[ndarray, " some"], level: int, written: Tensor) -> None:
         """What writers say now, `[some, lanes * prompts, position, d_model]`."""

@@ -1,0 +1,235 @@
+"""A run that goes on from a kept one gives what a run from the input gives, whatever was asked before."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import circuitgraph_torch
+from circuitgraph._graph import Graph, Layer, transformer_graph
+from circuitgraph._incremental import MOST_MOVES, Incremental
+from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
+from circuitgraph._sites import LayerSites, Site, Sites
+from circuitgraph.algorithms import ACDC, ActivationPatching
+from circuitgraph.testing import random_pairs
+
+# Plain, parallel, grouped, with a scale that heads share after attention, with norms over all queries, with gaps between layers.
+FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "olmo2", "attention_only")
+PAIRS = random_pairs(3, lengths=(7, 7, 7), vocabulary=VOCABULARY)
+TOLERANCE = 2e-5  # relative, in float32
+
+Change = tuple[int, float]  # an edge by its number, and what its mask becomes
+Call = tuple[list[list[Change]], bool]  # lanes, each by what it changes; and whether the search goes on from the last of them
+
+
+@cache
+def traced(family: str, per_head_kv: bool = False) -> Any:
+    return circuitgraph_torch.trace(tiny(family), per_head_kv=per_head_kv)
+
+
+def calls() -> st.SearchStrategy[list[Call]]:
+    change = st.tuples(st.integers(0, 2**16), st.sampled_from([0.0, 0.0, 0.0, 1.0, 0.5]))
+    lanes = st.lists(st.lists(change, min_size=1, max_size=3), min_size=1, max_size=4)
+    return st.lists(st.tuples(lanes, st.booleans()), min_size=1, max_size=8)
+
+
+def fresh(engine: Any, masks: np.ndarray) -> np.ndarray:
+    """The same from the input, in the same engine's own way of doing that."""
+    out = np.empty((len(masks), engine.n_prompts))
+    with torch.no_grad():
+        for number, batch in enumerate(engine.batches):
+            out[:, batch.index] = batch._fresh(masks, engine._source_run(number, None))
+    return out
+
+
+def asked(graph: Graph, now: np.ndarray, lanes: list[list[Change]]) -> np.ndarray:
+    edges = np.argwhere(graph.visible)
+    masks = np.repeat(now[None], len(lanes), axis=0)
+    for mask, changes in zip(masks, lanes, strict=True):
+        for number, value in changes:
+            mask[tuple(edges[number % len(edges)])] = value
+    return masks
+
+
+@settings(max_examples=40)
+@given(family=st.sampled_from(FAMILIES), start=st.sampled_from([1.0, 0.7, 0.2, 0.0]), calls=calls(), metric=st.sampled_from(["kl", "nll"]))
+def test_a_walk_over_masks_is_what_single_runs_say(family: str, start: float, calls: list[Call], metric: str) -> None:
+    model = traced(family, per_head_kv=family == "llama")
+    graph = model.graph
+    engine, other = model.bind(PAIRS, metric), model.bind(PAIRS, metric)
+    now = (np.random.default_rng(0).uniform(size=graph.shape) < start).astype(np.float32) * graph.visible
+    scale = max(1.0, float(np.abs(fresh(other, np.stack([now, graph.visible]).astype(np.float32))).max()))
+    for lanes, goes_on in calls:
+        masks = asked(graph, now, lanes)
+        np.testing.assert_allclose(engine.evaluate(masks), fresh(other, masks), rtol=0, atol=TOLERANCE * scale)
+        now = masks[-1] if goes_on else now
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_acdc_decides_as_with_runs_from_the_input(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every margin is above rounding; the lanes come from the kept run, or this would show nothing."""
+    from circuitgraph_torch._batch import Batch
+
+    model, search = traced(family), ACDC(threshold=0.002, max_lanes=4)
+    from_input: list[int] = []
+    run_fresh = Batch._fresh
+
+    def counted(batch: Batch, masks: np.ndarray, source: Any) -> np.ndarray:
+        from_input.append(len(masks))
+        return run_fresh(batch, masks, source)
+
+    monkeypatch.setattr(Batch, "_fresh", counted)
+    ours = search.run(model.bind(PAIRS, "kl"))
+    n_fresh = sum(from_input)
+    monkeypatch.setattr(Batch, "evaluate", run_fresh)
+    naive = search.run(model.bind(PAIRS, "kl"))
+    margins = ours.record["smallest_margin"], naive.record["smallest_margin"]
+    assert min(margins) > 1e-6, margins
+    assert [d[0::3] for d in ours.record["decisions"]] == [d[0::3] for d in naive.record["decisions"]]
+    assert np.array_equal(ours.mask, naive.mask)
+    np.testing.assert_allclose(ours.scores, naive.scores, rtol=0, atol=TOLERANCE)
+    assert n_fresh < 0.5 * ours.record["lanes"]
+
+
+def test_a_sweep_over_all_edges_is_what_single_runs_say() -> None:
+    model = traced("gpt2")
+    engine, other = model.bind(PAIRS, "logit_diff"), model.bind(PAIRS, "logit_diff")
+    scores = ActivationPatching().run(engine).scores
+    assert scores is not None
+    edges = np.argwhere(model.graph.visible)[::7]
+    masks = np.repeat(model.graph.visible.astype(np.float32)[None], len(edges), axis=0)
+    masks[np.arange(len(edges)), edges[:, 0], edges[:, 1]] = 0
+    whole = fresh(other, model.graph.visible.astype(np.float32)[None]).mean()
+    expected = whole - fresh(other, masks).mean(axis=1)
+    np.testing.assert_allclose(scores[edges[:, 0], edges[:, 1]], expected, rtol=0, atol=TOLERANCE * max(1, np.abs(expected).max()))
+
+
+def test_rounding_does_not_add_up() -> None:
+    """Many more moves than the kept run lives for, each there and back."""
+    model = traced("llama")
+    engine, other = model.bind(PAIRS, "nll"), model.bind(PAIRS, "nll")
+    now = model.graph.visible.astype(np.float32)
+    expected = fresh(other, now[None])
+    rng, worst = np.random.default_rng(1), 0.0
+    for _ in range(4 * MOST_MOVES):
+        row = rng.integers(len(now))
+        now[row] = np.where(model.graph.visible[row], 1 - now[row].max(), 0)
+        now[0, 0] = rng.integers(2)
+        found = engine.evaluate(np.stack([now, now]))
+        worst = max(worst, float(np.abs(found[0] - fresh(other, now[None])[0]).max()))
+    assert worst < TOLERANCE * max(1.0, float(np.abs(expected).max()))
+
+
+def test_other_source_values_start_another_run() -> None:
+    model = traced("gpt2")
+    engine, zero = model.bind(PAIRS, "logit_diff"), model.bind(PAIRS, "logit_diff", "zero")
+    mask = model.graph.visible.astype(np.float32)[None].copy()
+    mask[0, -1, 2] = 0
+    own = engine.evaluate(mask)
+    assert np.allclose(engine.evaluate(mask, source=zero.source_values()), zero.evaluate(mask), atol=1e-5)
+    assert np.allclose(engine.evaluate(mask), own, atol=1e-5)
+    assert not np.allclose(own, zero.evaluate(mask), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------------- where a run is needed
+
+
+def graphs() -> st.SearchStrategy[Graph]:
+    layer = st.builds(
+        Layer,
+        n_heads=st.just(4),
+        n_kv_heads=st.sampled_from([1, 2, 4]),
+        has_mlp=st.booleans(),
+        is_parallel=st.booleans(),
+        heads_are_coupled=st.booleans(),
+    )
+    return st.lists(layer, min_size=1, max_size=4).map(transformer_graph)
+
+
+@given(graph=graphs(), share=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_needed_is_what_has_a_path_to_the_logits(graph: Graph, share: float, seed: int) -> None:
+    kept = (np.random.default_rng(seed).uniform(size=graph.shape) < share) & graph.visible
+    extent = Liveness(graph).needed(kept)
+    readers, writers = graph.needed(kept)
+    assert np.array_equal(extent.readers > DEAD, readers)
+    assert np.array_equal(extent.writers > DEAD, writers)
+    for r, reader in enumerate(graph.readers):
+        heard = extent.writers[kept[r]]
+        assert (heard >= extent.readers[r]).all()
+        if readers[r] and reader.kind in ("k", "v"):
+            assert extent.readers[r] == ALL
+    assert extent.readers[-1] == LAST
+
+
+@given(graph=graphs(), share=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_changed_is_what_is_needed_and_reached(graph: Graph, share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kept = (rng.uniform(size=graph.shape) < share) & graph.visible
+    sources = rng.uniform(size=len(graph.readers)) < 0.1
+    liveness = Liveness(graph)
+    needed = liveness.needed(kept)
+    changed = liveness.changed(kept, sources, needed)
+    told_writers = np.zeros(len(graph.writers), dtype=bool)
+    for r in range(len(graph.readers)):
+        told = (sources[r] or (kept[r] & told_writers).any()) and needed.readers[r] > DEAD
+        assert changed.readers[r] == (needed.readers[r] if told else DEAD)
+        if told:
+            told_writers |= graph.feeds[r] & (needed.writers > DEAD)
+    assert np.array_equal(changed.writers, np.where(told_writers, needed.writers, DEAD))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- the plan
+
+
+def sites() -> Sites:
+    """Two layers of two heads and an MLP."""
+    graph = transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * 2)
+    layers = tuple(
+        LayerSites(Site(row, row + 6, writer), Site(row + 6, row + 7, writer + 2), writer, 2, writer + 2)
+        for row, writer in ((0, 1), (7, 4))
+    )
+    return Sites(graph, layers, Site(14, 15, 7))
+
+
+def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -> None:
+    incremental, graph = Incremental(sites(), length=5), sites().graph
+    ones = graph.visible.astype(np.float32)
+    gone = ones.copy()
+    gone[14, 3:] = 0
+    first = incremental.plan(gone[None])
+    assert first.move is None
+    assert [part.readers.tolist() for part in first.parts] == [[14]]
+    lanes = np.repeat(gone[None], 2, axis=0)
+    lanes[0, 13, 0] = lanes[1, 13, 1] = 0
+    second = incremental.plan(lanes)
+    assert second.move is not None
+    assert second.move.readers.tolist() == [14]
+    assert [part.readers.tolist() for part in second.parts] == [[13]]
+    assert np.array_equal(incremental.mask, gone)
+
+
+def test_what_the_kept_run_no_longer_knows_makes_it_anew() -> None:
+    incremental, graph = Incremental(sites(), length=5), sites().graph
+    ones = graph.visible.astype(np.float32)
+    without_last_mlp = ones.copy()
+    without_last_mlp[14, 6] = 0
+    assert incremental.plan(np.stack([without_last_mlp] * 2)).move is not None
+    revived = np.stack([ones] * 2)
+    revived[0, 14, 0] = 0
+    plan = incremental.plan(revived)
+    assert plan.anew
+    assert plan.move is None
+
+
+def test_lanes_that_agree_on_nothing_move_nothing() -> None:
+    incremental, graph = Incremental(sites(), length=5), sites().graph
+    masks = np.random.default_rng(0).uniform(size=(3, *graph.shape)).astype(np.float32)
+    assert incremental.plan(masks).move is None
+    assert np.array_equal(incremental.mask, graph.visible)
