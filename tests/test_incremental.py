@@ -12,13 +12,14 @@ from families import VOCABULARY, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import circuitgraph_torch
+import circuitgraph
 from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._incremental import MOST_MOVES, Incremental
 from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
 from circuitgraph._sites import LayerSites, Site, Sites
 from circuitgraph.algorithms import ACDC, ActivationPatching
 from circuitgraph.testing import random_pairs
+from circuitgraph_jax._devices import precisely
 
 # Plain, parallel, grouped, with a scale that heads share after attention, with norms over all queries, with gaps between layers.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "olmo2", "attention_only")
@@ -30,8 +31,8 @@ Call = tuple[list[list[Change]], bool]  # lanes, each by what it changes; and wh
 
 
 @cache
-def traced(family: str, per_head_kv: bool = False) -> Any:
-    return circuitgraph_torch.trace(tiny(family), per_head_kv=per_head_kv)
+def traced(family: str, backend: str = "torch") -> Any:
+    return circuitgraph.trace(tiny(family), backend=backend, per_head_kv=family == "llama")
 
 
 def calls() -> st.SearchStrategy[list[Call]]:
@@ -41,9 +42,9 @@ def calls() -> st.SearchStrategy[list[Call]]:
 
 
 def fresh(engine: Any, masks: np.ndarray) -> np.ndarray:
-    """The same from the input, in the same engine's own way of doing that."""
+    """The same from the input, as the engine does it where nothing is kept."""
     out = np.empty((len(masks), engine.n_prompts))
-    with torch.no_grad():
+    with torch.no_grad(), precisely("float32"):
         for number, batch in enumerate(engine.batches):
             out[:, batch.index] = batch._fresh(masks, engine._source_run(number, None))
     return out
@@ -61,7 +62,16 @@ def asked(graph: Graph, now: np.ndarray, lanes: list[list[Change]]) -> np.ndarra
 @settings(max_examples=40)
 @given(family=st.sampled_from(FAMILIES), start=st.sampled_from([1.0, 0.7, 0.2, 0.0]), calls=calls(), metric=st.sampled_from(["kl", "nll"]))
 def test_a_walk_over_masks_is_what_single_runs_say(family: str, start: float, calls: list[Call], metric: str) -> None:
-    model = traced(family, per_head_kv=family == "llama")
+    walk(traced(family), start, calls, metric)
+
+
+@settings(max_examples=15)
+@given(family=st.sampled_from(["gpt_neox", "gemma2"]), start=st.sampled_from([1.0, 0.2]), calls=calls())
+def test_a_walk_in_jax_is_what_single_runs_say(family: str, start: float, calls: list[Call]) -> None:
+    walk(traced(family, "jax"), start, calls, "nll")
+
+
+def walk(model: Any, start: float, calls: list[Call], metric: str) -> None:
     graph = model.graph
     engine, other = model.bind(PAIRS, metric), model.bind(PAIRS, metric)
     now = (np.random.default_rng(0).uniform(size=graph.shape) < start).astype(np.float32) * graph.visible

@@ -14,12 +14,14 @@ import numpy as np
 from jax import Array
 
 from circuitgraph._engine import Rule
+from circuitgraph._incremental import Incremental, Part
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import Devices
+from circuitgraph_jax._resumed import Again, Kept
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._spans import Spans
 
@@ -95,6 +97,7 @@ class Batch:
         self.decoder: Decoder = self._devices.everywhere(parts.decoder)
         self._differences: tuple[SourceRun, Array] | None = None
         self._unmixed: tuple[SourceRun, bytes, Array] | None = None
+        self._kept: tuple[SourceRun, Kept, Incremental] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -126,22 +129,61 @@ class Batch:
 
     def forget(self) -> None:
         """Drop the cached runs."""
-        self._differences = self._unmixed = None
+        self._differences = self._unmixed = self._kept = None
         self.__dict__.pop("live", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        """From a run that is kept, where that is less work. (In half precision never: it would be rounded with every move.)"""
+        if len(masks) == 0 or masks.ndim == 4 or self._parts.dtype.itemsize < 4:
+            return self._fresh(masks, source)
+        if self._kept is None or self._kept[0] is not source:
+            self._kept = (source, self._live_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+        _, kept, incremental = self._kept
+        plan = incremental.plan(masks)
+        if plan.anew:
+            kept = self._live_kept(source)
+        if plan.move is not None:
+            mask = jnp.asarray(incremental.mask, self._parts.dtype)
+            kept = queries.moved(self.decoder, mask, self._start(plan.move), kept, source.whole, self._again(plan.move))
+        self._kept = (source, kept, incremental)
+        if not plan.parts:
+            return self._fresh(masks, source)
+        out = np.empty((len(masks), len(self)))
+        for part in plan.parts:
+            for lot in self._lots(len(part.lanes), self._devices.n_lanes):
+                lanes = part.lanes[lot]
+                out[lanes] = self._run(masks[lanes], self._start(part), kept, source, self._again(part))
+        return out
+
+    def _fresh(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
+        """Of each lane from the first layer in which it differs from the model's own run."""
         starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=3))
         order = np.argsort(starts, kind="stable")
-        out = np.empty((len(masks), len(self)))
+        out, kept, again = np.empty((len(masks), len(self))), self._live_kept(source), Again.everything(self._parts.sites)
         for lot in self._lots(len(masks), self._devices.n_lanes):
             chosen = order[lot]
-            start = jnp.asarray(starts[chosen[0]], jnp.int32)
-            short = -len(chosen) % self._devices.n_lanes
-            lanes = self._devices.by_lane(masks[np.append(chosen, chosen[:1].repeat(short))])
-            run = (self.live.streams, self._live_differences(source), source.whole)
-            values = queries.evaluate(self.decoder, self._metric, lanes, start, *run, self._question, self._spans(masks[0]))
-            out[chosen] = np.asarray(values)[: len(chosen), : len(self)]
+            out[chosen] = self._run(masks[chosen], jnp.asarray(starts[chosen[0]], jnp.int32), kept, source, again)
         return out
+
+    def _run(
+        self, masks: Float[ndarray, "lanes readers writers ..."], start: Array, kept: Kept, source: SourceRun, again: Again
+    ) -> Float[ndarray, "lanes prompts"]:
+        short = -len(masks) % self._devices.n_lanes
+        lanes = self._devices.by_lane(masks[np.append(np.arange(len(masks)), np.zeros(short, dtype=int))])
+        about = (self._question, again, self._spans(masks[0]))
+        values = queries.evaluate(self.decoder, self._metric, lanes, start, kept, source.whole, *about)
+        return np.asarray(values)[: len(masks), : len(self)]
+
+    def _live_kept(self, source: SourceRun) -> Kept:
+        return Kept(self.live.streams, self._live_differences(source))
+
+    def _start(self, part: Part) -> Array:
+        """The layer of the first reader that hears something else."""
+        layer = self._parts.sites.layer_of_row[part.readers[0]] if len(part.readers) else len(self._parts.sites.layers)
+        return jnp.asarray(layer, jnp.int32)
+
+    def _again(self, part: Part) -> Again:
+        return Again.of(part.changed, self._parts.sites)
 
     def _lots(self, n: int, smallest: int = 1) -> Iterator[slice]:
         """Runs by 1, 4, 16, ... times the smallest number, as memory allows: few shapes to compile for, and no run twice."""

@@ -187,29 +187,6 @@ def forward(
     return Run(masking.read_end(stream, bank), bank, tuple(tapes))
 
 
-def forward_from(
-    decoder: Decoder,
-    start: Int[Array, ""],
-    stream: Float[Array, "position d_model"],
-    differences: Float[Array, "writers position d_model"],
-    source: Float[Array, "writers span d_model"],
-    masking: Masking,
-) -> Float[Array, "position d_model"]:
-    """The logits' input of a run that is the model's own up to layer `start`; `stream` is the stream there, `differences` are those of
-    the model's own run."""
-    bank = differences[:1]
-    for number, place in enumerate(decoder.places):
-        steps = _steps(decoder, masking, number)
-
-        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: Step = steps) -> tuple[Array, Array]:
-            here = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps)
-            return _layer(*carry, source, here)[0]
-
-        bank = jnp.concatenate([bank, differences[place.writer : place.end_writer]])
-        stream, bank = lax.fori_loop(jnp.clip(start - place.layer, 0, place.n_layers), place.n_layers, step, (stream, bank))
-    return masking.read_end(stream, bank)
-
-
 def _steps(decoder: Decoder, masking: Masking, number: int) -> Step:
     return Step(decoder.stacks[number], masking.steps(decoder, number), decoder.places[number].first_writers)
 

@@ -15,8 +15,9 @@ from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph_jax._backward import LiveRun, MaskedRun, RunBeside
 from circuitgraph_jax._collect import edge_scores, source_gradients
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import Edges, Masking, SourceStreams, SpanEdges, forward, forward_from
+from circuitgraph_jax._forward import Edges, Masking, SourceStreams, SpanEdges, forward
 from circuitgraph_jax._live import live_run
+from circuitgraph_jax._resumed import Again, Kept, resumed
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._run import Run
 from circuitgraph_jax._spans import Spans
@@ -131,25 +132,37 @@ def masked_logits(
 
 
 @eqx.filter_jit
+def moved(decoder: Decoder, mask: Float[Array, "readers writers"], start: Int[Array, ""], kept: Kept, source: Source, again: Again) -> Kept:
+    """The run under a mask that has other rows than the kept run from layer `start` on."""
+
+    def one(masking: Masking, kept: Kept, said: Array) -> Kept:
+        _, bank = resumed(decoder, start, kept, said, masking, again)
+        streams = SourceStreams.of(decoder, bank + said)
+        return Kept(jnp.concatenate([*streams.before_attention, streams.end[None]]), bank)
+
+    return jax.vmap(one)(_masking(decoder, mask, source, None), kept, source.values)
+
+
+@eqx.filter_jit
 def evaluate(
     decoder: Decoder,
     metric: Metric,
     masks: Float[Array, "lanes readers writers ..."],
     start: Int[Array, ""],
-    streams: Float[Array, "prompts ends position d_model"],
-    differences: Float[Array, "prompts writers position d_model"],
+    kept: Kept,
     source: Source,
     question: Question,
+    again: Again,
     spans: Spans | None = None,
 ) -> Float[Array, "lanes prompts"]:
-    """`F` of masks that differ from 1 in layer `start` or later only. `streams` and `differences` are those of the model's own run."""
+    """`F` of masks that have other rows than the kept run from layer `start` on."""
 
-    def one(masking: Masking, streams: Array, differences: Array, said: Array, question: Question) -> Array:
-        end = forward_from(decoder, start, streams[start], differences, said, masking)
+    def one(masking: Masking, kept: Kept, said: Array, question: Question) -> Array:
+        end, _ = resumed(decoder, start, kept, said, masking, again)
         return question.measure(decoder, metric, end[-1])
 
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_masking(decoder, mask, source, spans), streams, differences, source.values, question)
+        return jax.vmap(one)(_masking(decoder, mask, source, spans), kept, source.values, question)
 
     return jax.vmap(lane)(masks)
 

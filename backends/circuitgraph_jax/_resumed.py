@@ -1,0 +1,113 @@
+"""A run that goes on from a kept one at some layer, and recomputes there what changes where it is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from circuitgraph._liveness import ALL, DEAD, Extent
+from circuitgraph._sites import Sites
+from circuitgraph_jax._decoder import Decoder
+from circuitgraph_jax._forward import LayerMasking, Masking
+from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._run import keep
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class Kept(eqx.Module):
+    """What was said in a run: the stream before each layer and at the end, and every writer's difference `live - source`."""
+
+    streams: Float[Array, "ends position d_model"]
+    differences: Float[Array, "writers position d_model"]
+
+
+class Again(eqx.Module):
+    """Per layer, what is recomputed: whether its attention is, and where its MLP is (`DEAD`, `LAST` or `ALL`)."""
+
+    attention: Bool[Array, " layers"]
+    mlp: Int[Array, " layers"]
+
+    @classmethod
+    def of(cls, changed: Extent, sites: Sites) -> Again:
+        layers = sites.layers
+        heads = [changed.writers[layer.first_head : layer.first_head + layer.n_heads].any() for layer in layers]
+        mlps = [changed.writers[layer.mlp_writer] if layer.mlp else DEAD for layer in layers]
+        return cls(jnp.asarray(np.array(heads, dtype=bool)), jnp.asarray(np.array(mlps, dtype=np.int32)))
+
+    @classmethod
+    def everything(cls, sites: Sites) -> Again:
+        n_layers = len(sites.layers)
+        return cls(jnp.ones(n_layers, dtype=bool), jnp.full(n_layers, ALL, dtype=jnp.int32))
+
+
+class Step(eqx.Module):
+    """What one layer is given; with a leading axis, those of a stack."""
+
+    layer: Layer
+    masking: LayerMasking
+    first_writer: Int[Array, ""]
+    again: Again
+
+
+def resumed(
+    decoder: Decoder,
+    start: Int[Array, ""],
+    kept: Kept,
+    source: Float[Array, "writers span d_model"],
+    masking: Masking,
+    again: Again,
+) -> tuple[Float[Array, "position d_model"], Float[Array, "writers position d_model"]]:
+    """The logits' input and the bank of a run that is the kept one up to layer `start`, and after it wherever nothing is recomputed.
+
+    What is dead says what it said in the kept run, to the stream and to the bank alike, so that a reader that does not hear it hears the
+    source exactly.
+    """
+    stream, bank = kept.streams[start], kept.differences[:1]
+    for number, place in enumerate(decoder.places):
+        layers = slice(place.layer, place.layer + place.n_layers)
+        parts = Again(again.attention[layers], again.mlp[layers])
+        steps = Step(decoder.stacks[number], masking.steps(decoder, number), place.first_writers, parts)
+
+        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: Step = steps) -> tuple[Array, Array]:
+            return _layer(*carry, source, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps))
+
+        bank = jnp.concatenate([bank, kept.differences[place.writer : place.end_writer]])
+        stream, bank = lax.fori_loop(jnp.clip(start - place.layer, 0, place.n_layers), place.n_layers, step, (stream, bank))
+    return masking.read_end(stream, bank), bank
+
+
+def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_model"], here: Step) -> tuple[Array, Array]:
+    layer, writer, after = here.layer, here.first_writer, stream
+    if layer.attention is not None:
+        attention, said = layer.attention, lax.dynamic_slice_in_dim(source, writer, layer.n_heads)
+
+        def attend() -> Array:
+            return attention.write_each(attention.mix(attention.project(here.masking.read_attention(layer, stream, bank)))) - said
+
+        changed = lax.cond(here.again.attention, attend, lambda: lax.dynamic_slice_in_dim(bank, writer, layer.n_heads))
+        bank = keep(bank, changed, writer)
+        after = stream + (changed + said).sum(0)
+        after = after if attention.constant is None else after + attention.constant
+    if layer.mlp is not None:
+        mlp, at = layer.mlp, writer + layer.n_heads
+        said, before = lax.dynamic_slice_in_dim(source, at, 1)[0], stream if layer.is_parallel else after
+        known = lax.dynamic_slice_in_dim(bank, at, 1)[0]
+
+        def everywhere() -> Array:
+            return mlp(here.masking.read_mlp(layer, before, bank)) - said
+
+        def at_the_end() -> Array:
+            there = LayerMasking(here.masking.edges, here.masking.before_attention, here.masking.before_mlp[-1:])
+            return known.at[-1:].set(mlp(there.read_mlp(layer, before[-1:], bank[:, -1:])) - said[-1:])
+
+        changed = lax.switch(here.again.mlp, (lambda: known, at_the_end, everywhere))
+        bank = keep(bank, changed[None], at)
+        after = after + changed + said
+    return after, bank
