@@ -18,6 +18,7 @@ from engines import PAIRS, ROWS, Row, every_backend, traced
 from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Source, TracedModel, WriterValues
 from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError, UnknownNameError
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import METRICS, Metric, Target, log_softmax
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.testing import ReferenceEngine, ReferenceModel, ReferenceTrace
@@ -403,19 +404,55 @@ def test_a_group_of_heads_is_equal_rows_of_its_heads(backend: str) -> None:
     assert len(set(np.round(values, 4))) == 3
 
 
+def with_little_memory(model: Any) -> Any:
+    """The same model, with room for one prompt and one lane at a time, and for no kept run."""
+    return replace(model, _parts=replace(model._parts, budget=MemoryBudget(total=1, host=1 << 30)))
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.backend != "reference"], ids=str)
-def test_batches_that_memory_cuts_change_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_memory_cuts_change_nothing(row: Row) -> None:
     """An engine may run prompts in parts and forget what it ran; nobody notices."""
     pairs, mask = one_length(PAIRS), random_masks(row.traced, 1, seed=11)
     whole = row.traced.bind(pairs, "logit_diff")
-    monkeypatch.setattr(f"circuitgraph_{row.backend}._engine._BATCH_BYTES", 1)
-    monkeypatch.setattr(f"circuitgraph_{row.backend}._engine._CACHE_BYTES", 1)
-    cut = row.traced.bind(pairs, "logit_diff")
+    cut = with_little_memory(row.traced).bind(pairs, "logit_diff")
     assert [len(engine.batches) for engine in (whole, cut)] == [1, len(pairs)]  # type: ignore[attr-defined]
     assert_close(cut.evaluate(mask), whole.evaluate(mask), row.tolerance)
     assert_close(cut.evaluate(mask, source=whole.reversed().activations()), whole.evaluate(mask), row.tolerance)
     assert_close(cut.gradient(mask[0]), whole.gradient(mask[0]), row.tolerance)
     assert_same_values(cut.activations(mask[0]), whole.activations(mask[0]), row.tolerance)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.backend != "reference"], ids=str)
+def test_what_runs_out_of_memory_is_asked_once_more_by_halves(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, mask = one_length(PAIRS), random_masks(row.traced, 1, seed=11)
+    expected = row.traced.bind(pairs, "logit_diff").evaluate(mask)
+    engine: Any = row.traced.bind(pairs, "logit_diff")
+    batch = type(engine.batches[0])
+    evaluate, sizes = batch.evaluate, list[int]()
+
+    def cramped(self: Any, *asked: Any) -> Any:
+        sizes.append(len(self))
+        if len(self) > 1:
+            raise MemoryError("no room for two")
+        return evaluate(self, *asked)
+
+    monkeypatch.setattr(batch, "evaluate", cramped)
+    assert_close(engine.evaluate(mask), expected, row.tolerance)
+    assert sizes == [2, 1, 1]
+    assert_close(engine.evaluate(mask), expected, row.tolerance)
+    assert sizes == [2, 1, 1, 1, 1]  # it has learned
+    monkeypatch.setattr(batch, "evaluate", lambda *_: (_ for _ in ()).throw(MemoryError("no room at all")))
+    with pytest.raises(CircuitGraphError, match=r"out of memory, with batches half as large too \(no room at all\); ask with fewer"):
+        engine.evaluate(mask)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.backend != "reference"], ids=str)
+def test_scores_that_would_not_fit_are_refused_before_anything_runs(row: Row) -> None:
+    model = replace(row.traced, _parts=replace(row.traced._parts, budget=MemoryBudget(total=1000, host=1000)))  # type: ignore
+    engine: Any = model.bind(PAIRS, "logit_diff")
+    engine.batches = None
+    with pytest.raises(CircuitGraphError, match=r"scores by prompt, reader and writer 3 x \d+ x \d+ take .* GB.*larger memory_budget"):
+        engine.gradient(ones(row.traced))
 
 
 # ------------------------------------------------------------------------------------------------- the laws are red where they should be

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from oracle import oracle_logits
 import circuitgraph_jax
 from circuitgraph._engine import Source
 from circuitgraph._errors import CircuitGraphError, DegenerateError, TaskError, UnknownNameError
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.algorithms import ACDC, EAP
 from circuitgraph.testing import random_pairs
@@ -316,15 +318,15 @@ def test_prompts_and_lanes_that_memory_cuts_change_nothing(monkeypatch: pytest.M
     masks = np.random.default_rng(11).uniform(size=(6, *whole.graph.shape))
     expected = whole.evaluate(masks), whole.gradient(masks[0]), whole.activations(masks[1])
     assert len(whole.batches) == 2
-    monkeypatch.setattr("circuitgraph_jax._batch._LANES_BYTES", 1)
+    small = replace(whole._parts, budget=MemoryBudget(total=1, host=1 << 30))
+    for batch in whole.batches:
+        batch._parts = small
     lanes: list[int] = []
     evaluate = queries.evaluate
     monkeypatch.setattr(queries, "evaluate", lambda *args: lanes.append(len(args[2])) or evaluate(*args))
     assert np.allclose(whole.evaluate(masks), expected[0], atol=2e-5)
     assert lanes == [1] * 12
-    monkeypatch.setattr("circuitgraph_jax._engine._BATCH_BYTES", 1)
-    monkeypatch.setattr("circuitgraph_jax._engine._CACHE_BYTES", 1)
-    cut = traced("llama").bind(pairs, "logit_diff")
+    cut = replace(traced("llama"), _parts=small).bind(pairs, "logit_diff")
     assert len(cut.batches) == 4
     assert np.allclose(cut.evaluate(masks), expected[0], atol=2e-5)
     assert np.allclose(cut.gradient(masks[0]), expected[1], atol=2e-5)

@@ -24,8 +24,8 @@ from twins import small_model
 import circuitgraph_torch
 from circuitgraph._engine import EXACT, QK_FIX, RELP, Rule, Source
 from circuitgraph._errors import CircuitGraphError
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._pairs import PromptPairs
-from circuitgraph_torch import _batch
 
 MOE = ("mixtral", "qwen3_moe")
 SPANS = ("S", "rest", "END")
@@ -317,7 +317,8 @@ def test_mixes_run_together_or_one_by_one(family: str, monkeypatch: pytest.Monke
     whole = {rule: engine.gradient(ones(engine), mix=mixes, rule=rule) for rule in (EXACT, QK_FIX, RELP)}
     spanned = engine.gradient(np.ones((*engine.graph.shape, 3)), mix=mixes, rule=QK_FIX)
     assert_close(spanned[:, -1].sum(-1), whole[QK_FIX][:, -1])
-    monkeypatch.setattr(_batch, "_LANES_BYTES", 1)
+    (batch,) = engine.batches
+    monkeypatch.setattr(batch, "_parts", replace(batch._parts, budget=MemoryBudget(total=1, host=1 << 30)))
     assert engine.batches[0]._mixes_at_once == 1
     nearly = ones(engine) + 1e-12  # not all ones: the way of other masks
     for rule, expected in whole.items():

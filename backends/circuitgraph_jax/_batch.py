@@ -15,6 +15,7 @@ from jax import Array
 
 from circuitgraph._engine import Rule
 from circuitgraph._incremental import Incremental, Part
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
@@ -30,16 +31,18 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _PROMPTS = 4  # batches of more than two prompts are filled up to a multiple of this
-_LANES_BYTES = 1 << 29  # what the lanes of one run may keep of their writers
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A model for JAX: the description's ids, its weights, and the devices that share its work."""
+    """A model for JAX: the description's ids, its weights, and the devices that share its work. `largest`: how many prompts a batch may
+    have at most, where memory said so."""
 
     sites: Sites
     decoder: Decoder
     devices: tuple[jax.Device, ...]
+    budget: MemoryBudget
+    largest: int | None = None
 
     @property
     def dtype(self) -> Any:
@@ -191,7 +194,7 @@ class Batch:
         at = 0
         while at < n:
             size = smallest
-            while 4 * size <= n - at and 4 * size * per_run <= smallest * _LANES_BYTES:
+            while 4 * size <= n - at and 4 * size * per_run <= smallest * self._parts.budget.lanes:
                 size *= 4
             yield slice(at, at + size)
             at += size

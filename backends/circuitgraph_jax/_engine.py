@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from circuitgraph._engine import (
 from circuitgraph._engine import Source as SourceChoice
 from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph
+from circuitgraph._memory import with_room
 from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_jax._batch import Batch, Parts, SourceRun
@@ -33,9 +34,6 @@ from circuitgraph_jax._devices import precisely
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy import ndarray
-
-_BATCH_BYTES = 1 << 28  # what one run may keep of its writers; larger buckets are cut
-_CACHE_BYTES = 1 << 32  # above this, cached runs are dropped after each batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +64,25 @@ class JaxEngine:
                 check_lengths(asked, parts)
         self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
         self._is_reversed = is_reversed
+        self._cut()
+
+    def _cut(self) -> None:
+        """Prompts into batches, as memory allows."""
         self.batches = [
-            Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
-            for bucket in pairs.buckets()
+            Batch(self._parts, part, self._metric, *((part.corrupted, part.clean) if self._is_reversed else (part.clean, part.corrupted)))
+            for bucket in self._pairs.buckets()
             for part in bucket.cut(self._prompts_per_batch(bucket))
         ]
         self._sources: dict[int, SourceRun] = {}
         total = sum(batch.live_ids.size for batch in self.batches) * self._bytes_per_token
-        self._keeps_runs = len(self.batches) == 1 or 3 * total <= _CACHE_BYTES
+        self._keeps_runs = len(self.batches) == 1 or 3 * total <= self._parts.budget.runs
+
+    def take_less(self) -> None:
+        self._parts = replace(self._parts, budget=self._parts.budget.halved(), largest=max(map(len, self.batches)) // 2 or 1)
+        self._cut()
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
     @property
     def graph(self) -> Graph:
@@ -91,6 +100,7 @@ class JaxEngine:
     def spans(self) -> tuple[str, ...]:
         return self._pairs.span_names
 
+    @with_room
     def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> JaxWriterValues:
         checked = None if mask is None else self._masks(mask)
         values: list[Array] = []
@@ -102,6 +112,7 @@ class JaxEngine:
                 self._done(number)
         return JaxWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
 
+    @with_room
     def source_values(self) -> JaxWriterValues:
         live, said = self.activations(), []
         with precisely(self._parts.dtype):
@@ -110,6 +121,7 @@ class JaxEngine:
                 self._done(number)
         return JaxWriterValues(tuple(said), live.places)
 
+    @with_room
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
@@ -121,6 +133,7 @@ class JaxEngine:
                 self._done(number)
         return out
 
+    @with_room
     def gradient(
         self,
         mask: Float[ndarray, "readers writers"],
@@ -130,6 +143,7 @@ class JaxEngine:
         rule: Rule = EXACT,
     ) -> Float[ndarray, "prompts readers writers"]:
         checked, mixes = self._masks(mask), np.atleast_1d(np.asarray(mix, dtype=float))
+        self._parts.budget.check_answer("scores by prompt, reader and writer", self.n_prompts, *checked.shape)
         check_gradient(self._metric, checked, self.graph, mix, rule)
         out = np.empty((self.n_prompts, *checked.shape))
         with precisely(self._parts.dtype):
@@ -138,6 +152,7 @@ class JaxEngine:
                 self._done(number)
         return out
 
+    @with_room
     def source_gradient(
         self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "prompts writers d_model"]:
@@ -214,7 +229,8 @@ class JaxEngine:
         return len(self.graph.writers) * self._parts.d_model * int(self._parts.dtype.itemsize)
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
-        return max(1, int(_BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1])))
+        fitting = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
+        return min(fitting, self._parts.largest or fitting)
 
     def _done(self, number: int) -> None:
         if not self._keeps_runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +14,7 @@ from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._sites import Sites
@@ -102,13 +103,14 @@ def trace(
     device: str | None = None,
     devices: Sequence[jax.Device] | str | None = None,
     tokenizer: Any | None = None,
+    memory_budget: int | str = "auto",
 ) -> JaxModel:
     """Build a model anew as an Equinox module, from its configuration and weights, and prove that it is the original.
 
     `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, a live PyTorch or nnsight model, or, with an `architecture`
     that describes it, an Equinox module or any other pytree of arrays. `dtype`: float32 unless the weights are float64. `devices`: what
     prompts and lanes are shared out to, or a platform such as "gpu"; all of the default platform unless given. `device`: the platform, by
-    the name that every backend has for it.
+    the name that every backend has for it. `memory_budget`: what its engines may compute with beside the weights, in bytes or as "8GB".
     Raises `TraceError` naming the joint that JAX does not have yet, the tensor that is missing, or how far the logits are off. Warns when
     there is nothing to prove the model against: no PyTorch, and no witness file beside the weights.
     """
@@ -117,10 +119,11 @@ def trace(
     chosen = _dtype(dtype, tensors, described)
     with precisely(chosen):
         decoder = build(described, tensors, per_head_kv=per_head_kv, dtype=chosen)
-        parts = Parts(
-            Sites.of(described.graph(per_head_kv=per_head_kv), described), decoder, _devices(device if devices is None else devices)
-        )
+        where = _devices(device if devices is None else devices)
+        budget = MemoryBudget.of(memory_budget, _free(where))
+        parts = Parts(Sites.of(described.graph(per_head_kv=per_head_kv), described), decoder, where, MemoryBudget.unlimited())
         proof = prove(parts, described, checkpoint, untouched(parts, checkpoint.forward))
+    parts = replace(parts, budget=budget)
     return JaxModel(checkpoint.name, checkpoint.tokenizer, described, proof, parts, checkpoint.weights, checkpoint.forward)
 
 
@@ -169,3 +172,9 @@ def _devices(devices: Sequence[jax.Device] | str | None) -> tuple[jax.Device, ..
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise CircuitGraphError(f"devices {devices!r} cannot be used here: {reason}; leave it out, or use 'cpu'") from error
+
+
+def _free(devices: tuple[jax.Device, ...]) -> int | None:
+    """Bytes that the devices have left together; None where they do not say, as CPUs do not."""
+    known = [stats for device in devices if (stats := device.memory_stats())]
+    return sum(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known) if known else None

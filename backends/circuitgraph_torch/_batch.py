@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
 from circuitgraph._incremental import Incremental, Part
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
 
     from circuitgraph._architecture import Architecture
 
-_LANES_BYTES = 1 << 29  # what the lanes of one run may keep of their writers
-
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A traced model in its parts."""
+    """A traced model in its parts. `largest`: how many prompts a batch may have at most, where memory said so."""
 
     model: nn.Module
     architecture: Architecture
     joints: ModelJoints
     sites: Sites
+    budget: MemoryBudget
+    largest: int | None = None
     _calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
 
     def calls(self, length: int) -> list[AttentionCall]:
@@ -133,7 +134,7 @@ class Batch:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
         for part in plan.parts:
-            size = max(1, _LANES_BYTES // self._bytes_per_lane(part))
+            size = max(1, self._parts.budget.lanes // self._bytes_per_lane(part))
             for at in range(0, len(part.lanes), size):
                 lanes = part.lanes[at : at + size]
                 out[lanes] = self._measure(kept.ends(masks[lanes], part)).double().cpu().numpy()
@@ -162,7 +163,7 @@ class Batch:
     def _lanes(self, start: int) -> int:
         sites, x = self._parts.sites, self._input
         vectors = len(sites.graph.writers) - sites.writers_before(start) + 2 * self._widest  # writers, one layer's readers and norms
-        return max(1, _LANES_BYTES // (vectors * x.numel() * x.element_size()))
+        return max(1, self._parts.budget.lanes // (vectors * x.numel() * x.element_size()))
 
     @property
     def _widest(self) -> int:
@@ -218,7 +219,9 @@ class Batch:
         scores = EdgeScores(self._parts.sites, differences, spans)
         recomputed = None
         if rule.patterns == "recomputed":
-            recomputed = Recomputed(self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, _LANES_BYTES)
+            recomputed = Recomputed(
+                self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, self._parts.budget.lanes
+            )
         self._backward(tape, x[0], scores, spans, recomputed)
         return scores.scores
 
@@ -249,7 +252,7 @@ class Batch:
     def _mixes_at_once(self) -> int:
         """How many mixed runs fit in memory: autograd keeps some thirty vectors of the stream's size of a layer."""
         per_mix = 30 * len(self._parts.sites.layers) * self._input.numel() * self._input.element_size()
-        return max(1, _LANES_BYTES // per_mix)
+        return max(1, self._parts.budget.lanes // per_mix)
 
     def _mixed(self, source: SourceRun, mix: float) -> Tensor:
         """What the input says on the way from the source to the prompts."""

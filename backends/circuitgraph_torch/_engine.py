@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from circuitgraph._engine import (
     no_prompt_to_average,
 )
 from circuitgraph._graph import Graph
+from circuitgraph._memory import with_room
 from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
@@ -33,9 +34,6 @@ from circuitgraph_torch._modes import undisturbed
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy import ndarray
-
-_BATCH_BYTES = 1 << 28  # what one run may keep of its writers; larger buckets are cut
-_CACHE_BYTES = 1 << 32  # above this, cached runs are dropped after each batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +64,28 @@ class TorchEngine:
         check_source(source, parts.sites.graph, parts.architecture.d_model)
         self._parts, self._pairs, self._metric, self._source = parts, pairs, metric, source
         self._is_reversed = is_reversed
+        self._cut()
+
+    def _cut(self) -> None:
+        """Prompts into batches, as memory allows."""
         self.batches = [
-            Batch(parts, part, metric, *((part.corrupted, part.clean) if is_reversed else (part.clean, part.corrupted)))
-            for bucket in pairs.buckets()
+            Batch(self._parts, part, self._metric, *((part.corrupted, part.clean) if self._is_reversed else (part.clean, part.corrupted)))
+            for bucket in self._pairs.buckets()
             for part in bucket.cut(self._prompts_per_batch(bucket))
         ]
         self._sources: dict[int, SourceRun] = {}
-        total = sum(len(b) * b.live_ids.shape[1] for b in self.batches) * self._bytes_per_token
-        self._keeps_runs = len(self.batches) == 1 or 3 * total <= _CACHE_BYTES
+        total = sum(batch.live_ids.size for batch in self.batches) * self._bytes_per_token
+        self._keeps_runs = len(self.batches) == 1 or 3 * total <= self._parts.budget.runs
+
+    def take_less(self) -> None:
+        self._parts = replace(self._parts, budget=self._parts.budget.halved(), largest=max(map(len, self.batches)) // 2 or 1)
+        self._cut()
+        if self._parts.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        # On a CPU the allocator says so by a RuntimeError like any other.
+        return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
     @property
     def graph(self) -> Graph:
@@ -91,6 +103,7 @@ class TorchEngine:
     def spans(self) -> tuple[str, ...]:
         return self._pairs.span_names
 
+    @with_room
     def activations(
         self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None
     ) -> TorchWriterValues:
@@ -104,6 +117,7 @@ class TorchEngine:
                 self._done(number)
         return TorchWriterValues(tuple(values), tuple(places[i] for i in range(self.n_prompts)))
 
+    @with_room
     def source_values(self) -> TorchWriterValues:
         live, said = self.activations(), []
         with undisturbed(self._parts.model):
@@ -112,6 +126,7 @@ class TorchEngine:
                 self._done(number)
         return TorchWriterValues(tuple(said), live.places)
 
+    @with_room
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
@@ -123,6 +138,7 @@ class TorchEngine:
                 self._done(number)
         return out
 
+    @with_room
     def gradient(
         self,
         mask: Float[ndarray, "readers writers"],
@@ -133,6 +149,7 @@ class TorchEngine:
     ) -> Float[ndarray, "prompts readers writers"]:
         checked = self._masks(mask)
         check_gradient(self._metric, checked, self.graph, mix, rule)
+        self._parts.budget.check_answer("scores by prompt, reader and writer", self.n_prompts, *checked.shape)
         mixes = [float(one) for one in np.ravel(mix)]
         out = np.empty((self.n_prompts, *checked.shape))
         with undisturbed(self._parts.model):
@@ -141,6 +158,7 @@ class TorchEngine:
                 self._done(number)
         return out
 
+    @with_room
     def source_gradient(
         self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "prompts writers d_model"]:
@@ -218,7 +236,8 @@ class TorchEngine:
         return len(self.graph.writers) * self._parts.architecture.d_model * next(self._parts.model.parameters()).element_size()
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
-        return max(1, int(_BATCH_BYTES // (self._bytes_per_token * bucket.clean.shape[1])))
+        fitting = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
+        return min(fitting, self._parts.largest or fitting)
 
     def _done(self, number: int) -> None:
         if not self._keeps_runs:

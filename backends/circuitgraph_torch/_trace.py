@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
+from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._sites import Sites
@@ -97,18 +98,21 @@ def trace(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any | None = None,
+    memory_budget: int | str = "auto",
 ) -> TorchModel:
     """Find a model's wiring, take it apart at its joints, and prove that the replay is the model.
 
     `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, an `nn.Module` or an nnsight model. `architecture`: a
     description to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too).
+    `memory_budget`: what its engines may compute with beside the weights, in bytes or as "8GB".
     Raises `TraceError` naming the joint that is missing, or the first module that differs.
     """
     loaded = load(model, tokenizer)
     module = _moved(loaded.model, device, dtype)
+    budget = MemoryBudget.of(memory_budget, _free(next(module.parameters()).device))
     try:
         with undisturbed(module):
-            return _proved(loaded, module, architecture, per_head_kv=per_head_kv)
+            return _proved(loaded, module, architecture, budget, per_head_kv=per_head_kv)
     except AttributeError as error:
         raise TraceError(f"the architecture description does not fit the model: {error}") from error
     except (RuntimeError, IndexError) as error:
@@ -119,11 +123,11 @@ def trace(
         ) from error
 
 
-def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None, *, per_head_kv: bool) -> TorchModel:
+def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None, budget: MemoryBudget, *, per_head_kv: bool) -> TorchModel:
     found = find_architecture(module) if architecture is None else architecture
     joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
-    parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found))
-    return TorchModel(loaded.name, loaded.tokenizer, prove(parts), parts)
+    parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found), MemoryBudget.unlimited())
+    return TorchModel(loaded.name, loaded.tokenizer, prove(parts), replace(parts, budget=budget))
 
 
 def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | torch.dtype | None) -> nn.Module:
@@ -133,6 +137,13 @@ def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | to
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CircuitGraphError(f"device {str(device)!r} cannot be used here: {reason}; leave it out, or use 'cpu'") from error
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that an accelerator has left; None on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return None if device.type == "cpu" else int(torch.mps.recommended_max_memory()) if device.type == "mps" else 1 << 32
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

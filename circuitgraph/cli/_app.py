@@ -74,6 +74,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and 
 PerHead = Annotated[bool, typer.Option("--per-head-kv", help="Give every head its own k and v input in grouped-query attention.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Backend = Annotated[str, typer.Option("--backend", "-b", help="What computes: torch or jax.")]
+Memory = Annotated[str | None, typer.Option("--memory-budget", help="Memory to compute with, such as 8GB (default: auto).")]
 Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
 AlgorithmName = Annotated[
     str, typer.Option("--algorithm", "-a", help=f"One of {', '.join(_plugins.names(_plugins.ALGORITHMS)) or 'none installed'}.")
@@ -83,8 +84,8 @@ Settings = Annotated[
 ]
 
 
-def trace_model(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None) -> Any:
-    options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype}
+def trace_model(model: str, backend: str, per_head_kv: bool, device: str | None, dtype: str | None, memory: str | None) -> Any:
+    options: dict[str, Any] = {"per_head_kv": per_head_kv or None, "device": device, "dtype": dtype, "memory_budget": memory}
     return _discover.trace(model, backend=backend, **{name: value for name, value in options.items() if value is not None})
 
 

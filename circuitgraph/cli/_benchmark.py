@@ -10,7 +10,7 @@ import typer
 from circuitgraph import _choosing
 from circuitgraph._benchmark import benchmark
 from circuitgraph._circuit import Circuit
-from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, PerHead, Seed, app, loaded, print_json, progress_bar, trace_model
+from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, Memory, PerHead, Seed, app, loaded, print_json, progress_bar, trace_model
 
 
 @app.command("benchmark", epilog="Example: circuitgraph benchmark -m zoo:tiny-english -t ioi -a eap -a eap-ig:points=8 -a acdc -o results")
@@ -32,6 +32,7 @@ def run_benchmark(
     per_head_kv: PerHead = False,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure algorithms on tasks and models alike, with random and magnitude scores beside them; can be interrupted and taken up again."""
@@ -48,7 +49,7 @@ def run_benchmark(
             seed=seed,
             source=source,  # type: ignore[arg-type]
             references=references,
-            trace=lambda model: trace_model(model, backend, per_head_kv, device, dtype),
+            trace=lambda model: trace_model(model, backend, per_head_kv, device, dtype, memory_budget),
             progress=tell,
         )
     if as_json:

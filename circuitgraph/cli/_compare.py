@@ -9,7 +9,7 @@ import typer
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
-from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, app, found_with, loaded, part_of, print_json, stdout, trace_model
+from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, Memory, app, found_with, loaded, part_of, print_json, stdout, trace_model
 from circuitgraph.evaluation import compare
 from circuitgraph.evaluation._question import Question, pose
 
@@ -28,11 +28,14 @@ def compare_files(
     backend: Backend = "torch",
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what circuits of one model have in common: overlap, Jaccard index against chance, a joint picture."""
     circuits = dict(zip(_names(files), map(loaded, files), strict=True))
-    question = _question(files[0], loaded(files[0]), model, task, prompts, seed, backend, device, dtype) if same_size else None
+    question = (
+        _question(files[0], loaded(files[0]), model, task, prompts, seed, backend, device, dtype, memory_budget) if same_size else None
+    )
     found = compare(circuits, question)
     if picture is not None:
         found.render(picture)
@@ -63,11 +66,17 @@ def _question(
     backend: str,
     device: str | None,
     dtype: str | None,
+    memory_budget: str | None,
 ) -> Question:
     found = circuit.provenance
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
     traced = trace_model(
-        model or found_with(found, "model", file), backend, per_head_kv, device, dtype or part_of(found, "model").get("dtype")
+        model or found_with(found, "model", file),
+        backend,
+        per_head_kv,
+        device,
+        dtype or part_of(found, "model").get("dtype"),
+        memory_budget,
     )
     source = found.get("source", "corrupted")
     name = task or found_with(found, "task", file)

@@ -17,6 +17,7 @@ from circuitgraph.cli._app import (
     Backend,
     Device,
     Dtype,
+    Memory,
     ModelName,
     PerHead,
     Prompts,
@@ -74,6 +75,7 @@ def discover(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the circuit of a task in a model, and write its file, picture and report."""
@@ -85,7 +87,7 @@ def discover(
     load_task(task)  # before the model, which takes longer
     with progress_bar() as tell:
         tell(0.0, "tracing the model")
-        traced = trace_model(model, backend, per_head_kv, device, dtype)
+        traced = trace_model(model, backend, per_head_kv, device, dtype, memory_budget)
         method = _choosing.sized(method, traced.graph.n_edges)
         circuit, report = _discover.find(
             traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose

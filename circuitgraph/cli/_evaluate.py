@@ -14,6 +14,7 @@ from circuitgraph.cli._app import (
     AsJson,
     Device,
     Dtype,
+    Memory,
     Prompts,
     app,
     found_with,
@@ -45,6 +46,7 @@ def evaluate_file(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report into this JSON file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a circuit again: by default with the model, backend, task, prompts and seed it was found with."""
@@ -57,7 +59,7 @@ def evaluate_file(
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
     with progress_bar() as tell:
         report = evaluate(
-            trace_model(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype")),
+            trace_model(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype"), memory_budget),
             task or found_with(found, "task", file),
             circuit,
             prompts=prompts or (None if task else found.get("prompts")),

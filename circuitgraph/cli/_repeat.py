@@ -15,6 +15,7 @@ from circuitgraph.cli._app import (
     Backend,
     Device,
     Dtype,
+    Memory,
     ModelName,
     PerHead,
     Prompts,
@@ -50,13 +51,14 @@ def confidence_of(
     per_head_kv: PerHead = False,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every edge, with an interval over prompts, how often the sign holds, and the score in each template."""
     _, method = _choosing.named(":".join([algorithm, *(settings or [])]))
     load_task(task)
     origin: Any = source
-    traced = trace_model(model, backend, per_head_kv, device, dtype)
+    traced = trace_model(model, backend, per_head_kv, device, dtype, memory_budget)
     found = confidence(traced, task, method, prompts=prompts, seed=seed, metric=metric, source=origin)
     print_json(found.to_dict()) if as_json else stdout.print(found.table(limit))
 
@@ -82,6 +84,7 @@ def stability_of(
     per_head_kv: PerHead = False,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeat discovery with other prompts, seeds or orders, and say how often each edge returns."""
@@ -92,7 +95,7 @@ def stability_of(
     origin: Any = source
     varied: Any = vary or ["prompts"]
     with progress_bar() as tell:
-        traced = trace_model(model, backend, per_head_kv, device, dtype)
+        traced = trace_model(model, backend, per_head_kv, device, dtype, memory_budget)
         found = stability(
             traced, task, method, vary=varied, runs=runs, prompts=prompts, seed=seed, metric=metric, source=origin, progress=tell
         )

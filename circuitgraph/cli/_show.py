@@ -14,7 +14,7 @@ from rich.table import Table
 from circuitgraph import _discover, zoo
 from circuitgraph._circuit import Circuit
 from circuitgraph._task import list_tasks
-from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, PerHead, app, loaded, print_json, print_rows, stdout, trace_model
+from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, Memory, PerHead, app, loaded, print_json, print_rows, stdout, trace_model
 
 
 @app.command(epilog="Example: circuitgraph show induction/circuit.json -o induction.pdf")
@@ -54,10 +54,11 @@ def trace(
     per_head_kv: PerHead = False,
     device: Device = None,
     dtype: Dtype = None,
+    memory_budget: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Find a model's wiring, print the size of its graph and the proof that the replay is the model."""
-    traced = trace_model(model, backend, per_head_kv, device, dtype)
+    traced = trace_model(model, backend, per_head_kv, device, dtype, memory_budget)
     if architecture:
         typer.echo(traced.architecture.to_json())
         return
