@@ -108,7 +108,7 @@ class Incremental:
         differs: Bool[ndarray, "lanes readers"],
     ) -> Bool[ndarray, " readers"]:
         """The rows that two lanes or more agree on and that the kept run does not have. A single lane is compared with the one before."""
-        settled = differs.all(axis=0)
+        settled: Bool[ndarray, " readers"] = np.logical_and.reduce(differs, axis=0)
         others = masks[1:] if len(masks) > 1 else None if previous is None else previous[None]
         if others is None:
             return np.zeros_like(settled)

@@ -229,7 +229,7 @@ class JaxEngine:
         return len(self.graph.writers) * self._parts.d_model * int(self._parts.dtype.itemsize)
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
-        fitting = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
+        fitting: int = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
         return min(fitting, self._parts.largest or fitting)
 
     def _done(self, number: int) -> None:

@@ -236,7 +236,7 @@ class TorchEngine:
         return len(self.graph.writers) * self._parts.architecture.d_model * next(self._parts.model.parameters()).element_size()
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
-        fitting = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
+        fitting: int = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))
         return min(fitting, self._parts.largest or fitting)
 
     def _done(self, number: int) -> None:

@@ -200,10 +200,11 @@ class _Lanes:
 
 def _project(joint: AttentionJoint, x: Tensor, readers: Int[ndarray, " some"]) -> Tensor:
     """`[..., position, d_model]` to `[..., position, some, head_dim]`."""
-    normed = x if joint.norm is None else joint.norm.module(x)
+    normed: Tensor = x if joint.norm is None else joint.norm.module(x)
     index = torch.from_numpy(readers).to(x.device)
     weights, biases = joint.weights[index], joint.biases[index]
-    return functional.linear(normed, weights.flatten(0, 1), biases.flatten()).unflatten(-1, (len(readers), -1))
+    projected: Tensor = functional.linear(normed, weights.flatten(0, 1), biases.flatten())
+    return projected.view(*projected.shape[:-1], len(readers), -1)
 
 
 def _heard(joints: ModelJoints, sites: Sites, live: LiveRun) -> list[Tensor]:
