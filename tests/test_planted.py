@@ -17,13 +17,17 @@ from circuitgraph.algorithms import (
     ACDC,
     EAP,
     EAPIG,
+    HISP,
     ActivationPatching,
     AlongPaths,
+    AttributionPatching,
     EdgePruning,
     InformationFlow,
+    PathPatching,
     RelP,
     ScreenedBy,
     Selected,
+    SubnetworkProbing,
     UniformGradientSampling,
 )
 from circuitgraph.evaluation import Curve, Protocol, Scale, matched
@@ -133,6 +137,38 @@ def test_paths_selectors_and_screens_find_what_was_planted() -> None:
         assert names(engine, Selected(EAP(), selector, size=3).run(engine).mask) == set(PLANTED), selector
     assert names(engine, Selected(EAP(), faithfulness=0.99).run(engine).mask) == set(PLANTED)
     assert names(engine, ScreenedBy(EAP(), keep=0.2, then=ActivationPatching()).run(engine).mask) >= set(PLANTED)
+
+
+NODES = {
+    "activation patching": ActivationPatching(level="node"),
+    "attribution patching": AttributionPatching(),
+    "attribution patching, qk fix": AttributionPatching(corrections=("qk-fix",)),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_on_linear_parts_each_planted_node_owes_the_whole_effect_and_no_other_any(name: str) -> None:
+    engine = planted()
+    nodes, (clean, source) = NODES[name].run(engine).record["nodes"], ends(engine).mean(axis=1)
+    wanted = {writer.name: 0.0 for writer in engine.graph.writers} | dict.fromkeys(("input", "a0.h0", "a1.h1"), clean - source)
+    assert nodes == pytest.approx(wanted, abs=1e-6)
+
+
+def test_hisp_and_probing_find_the_planted_nodes() -> None:
+    importance = HISP().run(planted()).record["nodes"]  # of each layer, with a norm of 1
+    assert importance == pytest.approx({name: float(name in ("input", "a0.h0", "a1.h1")) for name in importance}, abs=1e-6)
+    nodes = SubnetworkProbing(n_steps=30).run(planted("kl", prompts=1)).record["nodes"]
+    kept = {name for name, share in nodes.items() if share > 0.5}
+    assert kept == {"input", "a0.h0", "a1.h1"}
+
+
+@pytest.mark.parametrize("edge", PLANTED)
+def test_path_patching_finds_the_one_sender_that_a_planted_receiver_listens_to(edge: str) -> None:
+    engine = planted()
+    sender, receiver = edge.split("->")
+    senders, (clean, source) = PathPatching(receivers=receiver).run(engine).record["senders"], ends(engine).mean(axis=1)
+    assert senders == pytest.approx({name: clean - source if name == sender else 0.0 for name in senders}, abs=1e-6)
+    assert sender in senders
 
 
 def test_information_flow_sees_who_speaks_and_not_what_matters() -> None:
