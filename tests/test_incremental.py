@@ -17,7 +17,7 @@ from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._incremental import MOST_MOVES, Incremental
 from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
 from circuitgraph._sites import LayerSites, Site, Sites
-from circuitgraph.algorithms import ACDC, ActivationPatching
+from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax._devices import precisely
 
@@ -146,6 +146,33 @@ def test_other_source_values_start_another_run() -> None:
     assert np.allclose(engine.evaluate(mask, source=zero.source_values()), zero.evaluate(mask), atol=1e-5)
     assert np.allclose(engine.evaluate(mask), own, atol=1e-5)
     assert not np.allclose(own, zero.evaluate(mask), atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- number types
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_float32_is_near_float64(family: str) -> None:
+    """Scores, sweep and decisions; the smallest margin is reported where it is too small to tell."""
+    narrow, wide = traced(family), circuitgraph.trace(tiny(family, dtype=torch.float64))
+    for metric, algorithm in (("logit_diff", EAP()), ("logit_diff", ActivationPatching(level="node"))):
+        got, expected = (algorithm.run(model.bind(PAIRS, metric)).scores for model in (narrow, wide))
+        assert got is not None
+        assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+    search = ACDC(threshold=0.002)
+    got, expected = (search.run(model.bind(PAIRS, "kl")) for model in (narrow, wide))
+    margin = expected.record["smallest_margin"]
+    assert margin > 1e-5, margin
+    assert np.array_equal(got.mask, expected.mask), margin
+
+
+def test_scores_in_half_precision_are_summed_in_float32() -> None:
+    narrow, wide = (circuitgraph.trace(tiny("llama"), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    got, expected = (EAP().run(model.bind(PAIRS, "logit_diff")).prompt_scores for model in (narrow, wide))
+    assert got is not None
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    rounded = torch.from_numpy(got).to(torch.bfloat16).double().numpy()
+    assert (rounded != got).mean() > 0.3
 
 
 # ------------------------------------------------------------------------------------------------------------------- where a run is needed

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
 
+_WIDENED = 64  # how many writers are made float32 at once
+
 
 @dataclass(frozen=True, eq=False)
 class Spans:
@@ -59,9 +61,9 @@ class EdgeScores:
         if grads.shape[1] != n_prompts:
             grads = grads.unflatten(1, (-1, n_prompts)).sum(1)
         if self._spans is None:
-            products = torch.bmm(grads.flatten(2).transpose(0, 1), differences.flatten(2).permute(1, 2, 0))
+            products = _products(grads.flatten(2).transpose(0, 1), differences.flatten(2))
         else:
-            at_positions = torch.bmm(grads.flatten(1, 2).transpose(0, 1), differences.flatten(1, 2).permute(1, 2, 0))
+            at_positions = _products(grads.flatten(1, 2).transpose(0, 1), differences.flatten(1, 2))
             products = self._spans.sums(at_positions.unflatten(0, (n_prompts, -1)), last_only=last_only).permute(0, 2, 3, 1)
         self.put(site, readers, products)
 
@@ -85,3 +87,12 @@ class SourceGrads:
             sums = self._spans.sums(grads.permute(1, 2, 0, 3), last_only=last_only)
             parts = torch.einsum("rws,nsrd->nwd", removed, sums)
         self.grads[:, : site.n_visible] += parts.double().cpu().numpy()
+
+
+def _products(grads: Tensor, differences: Tensor) -> Tensor:
+    """`[rows, readers, d] @ [writers, rows, d]` to `[rows, readers, writers]`; of numbers in half precision in float32, some writers at a
+    time, or the sums would be rounded to three digits."""
+    if grads.element_size() >= 4:
+        return torch.bmm(grads, differences.permute(1, 2, 0))
+    wide = grads.float()
+    return torch.cat([torch.bmm(wide, some.float().permute(1, 2, 0)) for some in differences.split(_WIDENED)], dim=-1)
