@@ -23,6 +23,7 @@ hypothesis.settings.load_profile("circuitgraph")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector need not look at it again each time that JAX traces."""
+    """What is imported by now stays: the collector need not look at it again; tracing makes much that is kept."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
