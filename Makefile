@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP    := $(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt   # twice quiet: errors only
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal   # half of the list each, in order: what JAX compiled for one test serves the next
 DEMO   := demo
 
 .PHONY: demo test lint docs bench dev clean

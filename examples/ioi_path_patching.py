@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from circuitgraph import Engine, PromptPairs, Writer, load_task, trace
 from circuitgraph.algorithms import PathPatching
 
-MODEL, PROMPTS, SEED, MOVERS, SHOWN = "smollm2-135m", 8, 0, 3, 5
+MODEL, SEED, MOVERS, SHOWN = "smollm2-135m", 0, 3, 5
+PROMPTS = int(sys.argv[1]) if sys.argv[1:] else 8
 
 
 def effects(engine: Engine, senders: str, receivers: tuple[str, ...]) -> dict[str, float]:

@@ -8,10 +8,22 @@ import os
 # time, on one thread; what it compiles is slower, and the same to rounding. A jaxlib that no longer knows a flag says so and stops.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as below, for the scripts that tests run: beside another worker a second thread only waits
+
+import gc
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny models: threads only add noise, and tests may run side by side
 hypothesis.settings.register_profile("circuitgraph", deadline=None)  # a shared machine is slow at times, which is no failure
 hypothesis.settings.load_profile("circuitgraph")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again; tracing makes much that is kept."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
