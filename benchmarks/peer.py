@@ -135,9 +135,7 @@ def peer_acdc(python: str, folder: Path, names: Sequence[str], threshold: float,
 
 def acdc_order(graph: Graph, order: dict[str, list[str]]) -> list[str]:
     """All edges in the order in which our ACDC visits them, by auto-circuit's names."""
-    readers = {reader.name: r for r, reader in enumerate(graph.readers)}
-    writers = {writer.name: w for w, writer in enumerate(graph.writers)}
-    pairs = ((readers[reader], writers[writer]) for reader in order["readers"] for writer in order["writers"])
+    pairs = ((graph.reader_id(reader), graph.writer_id(writer)) for reader in order["readers"] for writer in order["writers"])
     return [peer_name(graph, r, w) for r, w in pairs if graph.visible[r, w]]
 
 
