@@ -123,7 +123,7 @@ def measured(model: str, row: Row, threads: int, rounds: int, chunks: int, devic
     }
     case = ["-m", "benchmarks.discovery_case", row.method, model]
     found = in_a_process([*case, *(str(part) for name, value in given.items() for part in (f"--{name}", value))], threads)
-    return {"model": model, "row": ROWS[model].index(row), **given, **found}
+    return {"model": model, "method": row.method, "row": ROWS[model].index(row), **given, **found}
 
 
 def table(found: Sequence[dict[str, Any]], device: str = "cpu") -> Table:
@@ -141,7 +141,7 @@ def table(found: Sequence[dict[str, Any]], device: str = "cpu") -> Table:
                 f"{1e3 * case['base']['median']:,.3g}",
                 f"{case['seconds']:,.4g}" + (f" (extrapolated from {case['measured_edges']:,} edges)" if is_extrapolated(case) else ""),
                 str(spread),
-                f"{case['per_edge']:.4f}",
+                "" if "spread" in case else f"{case['per_edge']:.4f}",
                 f"{case['peak'] / 1e9:.2f}",
                 *verdicts(row, case),
             )
