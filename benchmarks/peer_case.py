@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -62,7 +63,7 @@ class Peer:
     @classmethod
     def of(cls, folder: Path, *, frozen: bool) -> Peer:
         wrapped = hooked(folder).requires_grad_(not frozen)
-        unwrapped = HookedTransformer(wrapped.cfg)
+        unwrapped = HookedTransformer(copy.deepcopy(wrapped.cfg))  # its own: the switches below are kept in it
         unwrapped.load_state_dict(wrapped.state_dict(), assign=True)  # the same memory, so that the peak is that of one model
         unwrapped.requires_grad_(not frozen)
         for split in (wrapped.set_use_attn_result, wrapped.set_use_split_qkv_input, wrapped.set_use_hook_mlp_in):
