@@ -2,7 +2,8 @@
 # make test    the tests (make test PYTEST="-k names -n 0" passes options on)
 # make lint    ruff, mypy, import-linter
 # make docs    the documentation, into site/
-# make bench   the figures, into benchmarks/RESULTS.md and docs/explanation/figures.md (half an hour on 2 quiet cores)
+# make bench   the figures, into benchmarks/RESULTS.md and docs/explanation/figures.md (an hour or more on 2 quiet cores, up to 12 GB;
+#              make bench BENCH="--peer-python PATH" adds auto-circuit)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,6 +11,7 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP    := $(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt   # twice quiet: errors only
 PYTEST ?= -n 2 --dist worksteal   # half of the list each, in order: what JAX compiled for one test serves the next
+BENCH  ?=
 DEMO   := demo
 
 .PHONY: demo test lint docs bench dev clean
@@ -32,7 +34,7 @@ docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMPS)/test
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 dev: $(STAMPS)/dev $(STAMPS)/test
 

@@ -1,4 +1,4 @@
-"""The figures of circuitgraph, measured: `python -m benchmarks.trace_proof`, `.eap`, `.startup`; `make bench` runs all of them.
+"""The figures of circuitgraph, measured: `python -m benchmarks.discovery`, `.eap`, `.startup`, ...; `make bench` runs all of them.
 
 Every script prints a table and, with `--json FILE`, writes the numbers behind it.
 """

@@ -2,8 +2,10 @@
 
     python -m benchmarks                  all of them
     python -m benchmarks eap-2-threads    this one again, beside what the others gave last time on this machine
+    python -m benchmarks --peer-python P  all of them, and auto-circuit, which `benchmarks.peer` says how to install there
 
-Each script runs in a process of its own and leaves its numbers in `benchmarks/results/`. If one fails, no page is written.
+Each script runs in a process of its own and leaves its numbers in `benchmarks/results/`. If one fails, no page is written. The pages have
+what there are numbers of.
 """
 
 from __future__ import annotations
@@ -26,21 +28,37 @@ SCRIPTS = {
     "trace-proof": ["trace_proof"],
     "eap-1-thread": ["eap", "--threads", "1"],
     "eap-2-threads": ["eap", "--threads", "2", "--models", "gpt2-size"],
+    "discovery-zoo": ["discovery", "--models", "zoo:induction-2l", "zoo:tiny-english"],
+    "discovery-gpt2-size": ["discovery", "--models", "gpt2-size"],
+    "discovery-smollm2": ["discovery", "--models", "smollm2-135m"],
+    "discovery-llama-1b": ["discovery", "--models", "llama-1b"],
     "backends": ["backends"],
     "startup": ["startup"],
 }
+PEER = "peer"  # runs only where its environment is given
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(SCRIPTS)}")
-    names = parser.parse_args().names or [*SCRIPTS]
-    if unknown := set(names) - set(SCRIPTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(SCRIPTS)}")
+    parser.add_argument("--peer-python", metavar="PATH", help="the Python of an environment with auto-circuit")
+    chosen = parser.parse_args()
+    scripts = SCRIPTS if chosen.peer_python is None else {**SCRIPTS, PEER: ["peer", "--peer-python", chosen.peer_python]}
+    names = chosen.names or [*scripts]
+    if unknown := set(names) - set(scripts):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(scripts)}")
     NUMBERS.mkdir(exist_ok=True)
     for name in names:
-        run(NUMBERS / f"{name}.json", *SCRIPTS[name])
-    write_pages([Report.from_json((NUMBERS / f"{name}.json").read_text()) for name in SCRIPTS])
+        run(NUMBERS / f"{name}.json", *scripts[name])
+    write_pages(known_reports(NUMBERS))
+
+
+def known_reports(folder: Path) -> list[Report]:
+    """What was measured last of every script, in their order."""
+    files = [folder / f"{name}.json" for name in (*SCRIPTS, PEER)]
+    if missing := [file.stem for file in files if not file.exists()]:
+        print(f"not measured yet: {', '.join(missing)}")
+    return [Report.from_json(file.read_text()) for file in files if file.exists()]
 
 
 def run(file: Path, script: str, *arguments: str) -> None:

@@ -7,16 +7,13 @@ keep a random half of the edges, in every layer. JAX compiles in the first call 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import subjects
 from benchmarks.clock import Spread
 from benchmarks.machine import Watch
+from benchmarks.processes import in_a_process
 from benchmarks.tables import Table, options, publish
 
 MOST_FORWARDS = 4.0  # of EAP in JAX
@@ -42,12 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(model: str, backend: str, threads: int, rounds: int) -> dict[str, Any]:
     """The numbers of one case, from a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "benchmarks.backends_case", backend, model, "--threads", str(threads), "--rounds", str(rounds)]
-    done = subprocess.run(command, cwd=subjects.ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    return {"model": model, "backend": backend, **json.loads(done.stdout.splitlines()[-1])}
+    case = ["-m", "benchmarks.backends_case", backend, model, "--threads", str(threads), "--rounds", str(rounds)]
+    return {"model": model, "backend": backend, **in_a_process(case, threads)}
 
 
 def table(found: Sequence[dict[str, Any]], rounds: int) -> Table:

@@ -8,16 +8,13 @@ another, which runs EAP once.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import subjects
 from benchmarks.clock import Spread
 from benchmarks.machine import Watch
+from benchmarks.processes import in_a_process
 from benchmarks.tables import Table, options, publish
 
 MOST_FORWARDS = 3.5
@@ -43,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured(model: str, frozen: bool, threads: int, rounds: int) -> dict[str, Any]:
     """The numbers of one case, from two processes."""
     given = [model, "--threads", str(threads), *(["--frozen"] if frozen else [])]
-    times = _in_a_process(["time", *given, "--rounds", str(rounds)], threads)
-    return {"model": model, "frozen": frozen, "threads": threads, **times, **_in_a_process(["memory", *given], threads)}
+    case = ["-m", "benchmarks.eap_case"]
+    times = in_a_process([*case, "time", *given, "--rounds", str(rounds)], threads)
+    return {"model": model, "frozen": frozen, "threads": threads, **times, **in_a_process([*case, "memory", *given], threads)}
 
 
 def table(found: Sequence[dict[str, Any]], threads: int, rounds: int) -> Table:
@@ -76,16 +74,6 @@ def table(found: Sequence[dict[str, Any]], threads: int, rounds: int) -> Table:
         f"{outside}."
     )
     return Table(f"EAP over all edges, {threads} thread{'s' if threads > 1 else ''}", _COLUMNS, rows, (ratios, tracing))
-
-
-def _in_a_process(arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "benchmarks.eap_case", *arguments]
-    done = subprocess.run(command, cwd=subjects.ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from benchmarks import subjects
 from benchmarks.clock import compared, timed
 from benchmarks.machine import peak_memory
-from circuitgraph import EAP, LogitDiff, PromptPairs, TracedModel, trace
+from circuitgraph import EAP, Algorithm, LogitDiff, PromptPairs, TracedModel, trace
 
 MODELS = ("gpt2-size", "smollm2", "tiny")
 
@@ -49,7 +49,7 @@ def times(model: str, *, frozen: bool, rounds: int) -> dict[str, Any]:
             module(ids)
 
     def eap() -> None:
-        run_eap(traced, pairs)
+        run_scoring(EAP(), traced, pairs)
 
     plain()
     first = timed(eap)
@@ -68,19 +68,19 @@ def memory(model: str, *, frozen: bool) -> dict[str, Any]:
     """Peak bytes of this process, before EAP (imports, model, trace) and after."""
     traced, pairs, _ = _traced(model, frozen)
     before = peak_memory()
-    run_eap(traced, pairs)
+    run_scoring(EAP(), traced, pairs)
     return {"peak_before_eap": before, "peak": peak_memory()}
 
 
-def run_eap(traced: TracedModel, pairs: PromptPairs) -> None:
+def run_scoring(algorithm: Algorithm, traced: TracedModel, pairs: PromptPairs) -> None:
     """All of it, from prompts to scores, as on prompts of a length that the model has not seen since it was traced."""
     parts = traced._parts  # type: ignore[attr-defined]  # the torch backend's own; it remembers the attention calls of every length
     parts._calls.clear()
-    scores = EAP().run(traced.bind(pairs, LogitDiff())).scores
+    scores = algorithm.run(traced.bind(pairs, LogitDiff())).scores
     if not parts._calls:
         raise AssertionError("the attention calls are remembered elsewhere now, so that this time would not count them; clear them here")
     if scores is None or not np.isfinite(scores).all() or not scores.any():
-        raise AssertionError("EAP gave no scores, so its time means nothing")
+        raise AssertionError(f"{algorithm} gave no scores, so its time means nothing")
 
 
 def _traced(model: str, frozen: bool) -> tuple[TracedModel, PromptPairs, float]:

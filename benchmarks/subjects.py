@@ -53,10 +53,32 @@ def random_pairs(vocabulary: int, *, prompts: int, length: int) -> PromptPairs:
     return PromptPairs(clean=clean, corrupted=corrupted, answers=answers, wrong_answers=(answers + 1) % vocabulary)
 
 
+def random_llama(*, n_layers: int, n_heads: int, n_groups: int, d_model: int, d_mlp: int, vocabulary: int) -> Any:
+    """A Llama with random weights that are bfloat16 from the start: at no time is there a float32 copy of them."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_groups,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
 def ioi_pairs(traced: TracedModel, *, prompts: int) -> PromptPairs:
-    """IOI prompts of one length, so that a plain forward pass takes them in one batch without padding."""
+    return task_pairs(traced, "ioi", prompts=prompts)
+
+
+def task_pairs(traced: TracedModel, task: str, *, prompts: int) -> PromptPairs:
+    """Prompts of a task of one length, so that a plain forward pass takes them in one batch without padding."""
     from circuitgraph import load_task
 
-    drawn = load_task("ioi").pairs(traced.tokenizer, 6 * prompts, seed=0)
+    drawn = load_task(task).pairs(traced.tokenizer, 6 * prompts, seed=0)
     largest = max(drawn.buckets(), key=lambda bucket: len(bucket.index))
     return drawn.select(largest.index[:prompts])
