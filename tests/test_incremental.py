@@ -171,6 +171,7 @@ def test_scores_in_half_precision_are_summed_in_float32() -> None:
     got, expected = (EAP().run(model.bind(PAIRS, "logit_diff")).prompt_scores for model in (narrow, wide))
     assert got is not None
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    assert narrow.module.lm_head.weight.dtype == torch.bfloat16
     rounded = torch.from_numpy(got).to(torch.bfloat16).double().numpy()
     assert (rounded != got).mean() > 0.3
 

@@ -86,10 +86,10 @@ class Bank:
         self._slot[own] = np.arange(len(own))
         self.own = torch.empty(n_lanes, len(own), *like.shape[-3:], dtype=like.dtype, device=like.device)
 
-    def write(self, writers: Int[ndarray, " some"], differences: Tensor) -> None:
-        """Keep `[some, lanes, prompts, position, d_model]`."""
+    def write(self, writers: Int[ndarray, " some"], said: Tensor, source: Tensor) -> None:
+        """Keep the difference of two `[some, lanes, prompts, position, d_model]`."""
         slots = self._slot[writers]
-        self.own[:, slots[0] : slots[-1] + 1] = differences.transpose(0, 1)
+        torch.sub(said.transpose(0, 1), source.transpose(0, 1), out=self.own[:, slots[0] : slots[-1] + 1])
 
     def mix(self, plan: Plan) -> Tensor | None:
         """`rows @ differences`, `[lanes, distinct, prompts, position, d_model]`; None where every coefficient is zero."""
@@ -146,7 +146,7 @@ class NoBank:
     def __init__(self, n_writers: int) -> None:
         self.computed = np.ones(n_writers, dtype=bool)
 
-    def write(self, writers: Int[ndarray, " some"], differences: Tensor) -> None:
+    def write(self, writers: Int[ndarray, " some"], said: Tensor, source: Tensor) -> None:
         """Nothing is kept."""
 
     def mix(self, plan: Plan) -> None:

@@ -109,7 +109,7 @@ class Batch:
         return self._plain(self._parts.embed(self._other_ids)).values
 
     def source_run(self, values: Tensor) -> SourceRun:
-        return SourceRun.of(values, self._parts.joints, self._parts.sites)
+        return SourceRun(values, self._parts.joints, self._parts.sites)
 
     def forget(self) -> None:
         """Drop the cached runs."""
@@ -282,7 +282,7 @@ class Batch:
     ) -> tuple[Tensor, Bank]:
         everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
         bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans)
-        bank.write(np.array([0]), (start - source.values[0])[None, None])
+        bank.write(np.array([0]), start[None, None], source.values[:1, None])
         forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
         return forward.run(bank, start[None], 0), bank
 
@@ -291,7 +291,7 @@ class Batch:
         ones = np.ones((1, *sites.graph.shape), dtype=np.float32)
         zero = self.source_run(start.new_zeros(len(sites.graph.writers), 1, 1, start.shape[-1]))
         bank = Bank(start.new_empty(0, *start.shape), 1, np.ones(ones.shape[2], dtype=bool), start)
-        bank.write(np.array([0]), start[None, None])
+        bank.write(np.array([0]), start[None, None], zero.values[:1, None])
         forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool))
         forward.run(bank, start[None], 0)
         return LiveRun(bank.own[0], forward.streams)

@@ -29,7 +29,7 @@ from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import SourceRun
-from circuitgraph_torch._modes import undisturbed
+from circuitgraph_torch._modes import undisturbed, wide_products
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -152,7 +152,7 @@ class TorchEngine:
         self._parts.budget.check_answer("scores by prompt, reader and writer", self.n_prompts, *checked.shape)
         mixes = [float(one) for one in np.ravel(mix)]
         out = np.empty((self.n_prompts, *checked.shape))
-        with undisturbed(self._parts.model):
+        with undisturbed(self._parts.model), wide_products(self._parts.model):
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
                 self._done(number)
@@ -165,7 +165,7 @@ class TorchEngine:
         checked = self._masks(mask)
         check_differentiable(self._metric)
         out = np.empty((self.n_prompts, len(self.graph.writers), self._parts.architecture.d_model))
-        with undisturbed(self._parts.model):
+        with undisturbed(self._parts.model), wide_products(self._parts.model):
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,27 +27,37 @@ if TYPE_CHECKING:
 class SourceRun:
     """What the writers said in the source run: `values` broadcasts to `[writers, prompts, position, d_model]`.
 
-    `streams` are the sums that readers would see there: before each layer's attention, before its MLP, at the end.
+    `before_attention`, `before_mlp` and `end` are the sums that readers would see there: before each layer's attention, before its MLP, at
+    the end. They are added up when the first reader falls back to them, which none does at `m = 1`.
     """
 
     values: Tensor
-    before_attention: tuple[Tensor, ...]
-    before_mlp: tuple[Tensor, ...]
-    end: Tensor
+    joints: ModelJoints
+    sites: Sites
 
-    @classmethod
-    def of(cls, values: Tensor, joints: ModelJoints, sites: Sites) -> SourceRun:
-        stream, before_attention, before_mlp = values[0], [], []
-        for layer, joint in zip(sites.layers, joints.layers, strict=True):
+    def before_attention(self, layer: int) -> Tensor:
+        return self._streams[0][layer]
+
+    def before_mlp(self, layer: int) -> Tensor:
+        return self._streams[1][layer]
+
+    @property
+    def end(self) -> Tensor:
+        return self._streams[2]
+
+    @cached_property
+    def _streams(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        stream, before_attention, before_mlp = self.values[0], [], []
+        for layer, joint in zip(self.sites.layers, self.joints.layers, strict=True):
             before_attention.append(stream)
             if layer.n_heads:
-                stream = stream + values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
+                stream = stream + self.values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
             if joint.attention is not None and joint.attention.constant is not None:
                 stream = stream + joint.attention.constant
             before_mlp.append(before_attention[-1] if joint.is_parallel else stream)
             if layer.mlp:
-                stream = stream + values[layer.mlp_writer]
-        return cls(values, tuple(before_attention), tuple(before_mlp), stream)
+                stream = stream + self.values[layer.mlp_writer]
+        return before_attention, before_mlp, stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +128,7 @@ class Forward:
         plan = self._plan(site)
         if self._tape is not None:
             self._tape.logits = plan
-        return self._read(plan, stream, self._source.end)[:, 0]
+        return self._read(plan, stream, lambda: self._source.end)[:, 0]
 
     @property
     def streams(self) -> tuple[Tensor, ...]:
@@ -139,7 +150,7 @@ class Forward:
         alive = heads[self._bank.computed[heads]]
         plan = self._plan(layer.attention)
         if len(alive):
-            x = self._read(plan, stream, self._source.before_attention[number])
+            x = self._read(plan, stream, lambda: self._source.before_attention(number))
             projected = self._project(joint, plan, x)
             with torch.set_grad_enabled(self._tape is not None):
                 projected.requires_grad_(self._tape is not None)
@@ -179,7 +190,7 @@ class Forward:
         if not self._bank.computed[writer]:
             return self._add_sources(after, np.array([writer]))
         plan = self._plan(site)
-        x = self._read(plan, stream, self._source.before_mlp[number])[:, 0].flatten(0, 1)
+        x = self._read(plan, stream, lambda: self._source.before_mlp(number))[:, 0].flatten(0, 1)
         with torch.set_grad_enabled(self._tape is not None):
             x = x.detach().requires_grad_(self._tape is not None)
             written = joint(x) if self._tape is None else joint(x, self._tape.rule)
@@ -192,9 +203,9 @@ class Forward:
         mask = self._masks[:, site.first : site.stop, : site.n_visible]
         return Plan.of(mask, readers, self._bank.computed[: site.n_visible])
 
-    def _read(self, plan: Plan, stream: Tensor, source: Tensor) -> Tensor:
+    def _read(self, plan: Plan, stream: Tensor, source: Callable[[], Tensor]) -> Tensor:
         mixed = self._bank.mix(plan)
-        base = stream[:, None] if plan.from_live else source.expand(stream.shape[1:])[None, None]
+        base = stream[:, None] if plan.from_live else source().expand(stream.shape[1:])[None, None]
         if mixed is not None:
             return mixed.add_(base)
         lanes = len(self._masks)
@@ -207,7 +218,7 @@ class Forward:
             return stream + written.sum(0)
         values = self._source.values[int(writers[0]) : int(writers[-1]) + 1]
         chosen = values if len(values) == len(writers) else values[torch.from_numpy(writers - writers[0]).to(values.device)]
-        self._bank.write(writers, written - chosen[:, None])
+        self._bank.write(writers, written, chosen[:, None])
         return stream + written.sum(0)
 
     def _add_sources(self, stream: Tensor, writers: Int[ndarray, " some"]) -> Tensor:

@@ -151,16 +151,22 @@ def _dead_readers(engine: TorchEngine, n_lanes: int = 32) -> list[str]:
     readers = engine.graph.readers
     ones = np.ones(engine.graph.shape, dtype=np.float32)
     whole = engine.evaluate(ones[None])[0]
+    model = _last_logits(engine, ones)
     dead = []
     for first in range(0, len(readers), n_lanes):
         lanes = range(first, min(first + n_lanes, len(readers)))
         masks = np.repeat(ones[None], len(lanes), axis=0)
         masks[np.arange(len(lanes)), lanes] = 0
         values = engine.evaluate(masks)
-        # Lanes differ in rounding, so what moves nothing is asked again by itself.
+        # Lanes differ in rounding, so what moves nothing is run again from the input, like the model itself.
         near = [r for r, value in zip(lanes, values, strict=True) if np.allclose(value, whole, rtol=1e-4, atol=1e-5)]
-        dead += [readers[r].name for r in near if np.array_equal(engine.evaluate(masks[[r - first]])[0], whole)]
+        dead += [readers[r].name for r in near if torch.equal(_last_logits(engine, masks[r - first]), model)]
     return dead
+
+
+def _last_logits(engine: TorchEngine, mask: Float[ndarray, "readers writers"]) -> Tensor:
+    """`[prompts, vocabulary]`, batch by batch."""
+    return torch.cat([logits[:, -1] for _, logits in engine.logits(mask)])
 
 
 def _component_paths(architecture: Architecture) -> list[str]:
