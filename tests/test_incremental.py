@@ -19,7 +19,9 @@ from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
 from circuitgraph._sites import LayerSites, Site, Sites
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
+from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._devices import precisely
+from circuitgraph_torch._kept import KeptRun
 
 # Plain, parallel, grouped, with a scale that heads share after attention, with norms over all queries, with gaps between layers.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "olmo2", "attention_only")
@@ -135,6 +137,26 @@ def test_rounding_does_not_add_up() -> None:
         found = engine.evaluate(np.stack([now, now]))
         worst = max(worst, float(np.abs(found[0] - fresh(other, now[None])[0]).max()))
     assert worst < TOLERANCE * max(1.0, float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_an_interrupted_move_leaves_nothing_wrong_behind(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = traced("gpt_neox", backend).bind(PAIRS, "nll")
+    now = engine.graph.visible.astype(np.float32)
+    masks = np.stack([now, now])
+    masks[:, -1, 1:3] = 0
+    expected = engine.evaluate(masks)
+    masks[:, -1, 3:5] = 0
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"torch": (KeptRun, "move"), "jax": (queries, "moved")}[backend], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.evaluate(masks)
+    masks[:, -1, 3:5] = 1
+    np.testing.assert_allclose(engine.evaluate(masks), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_other_source_values_start_another_run() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from circuitgraph._engine import Rule
-from circuitgraph._incremental import Incremental, Part
+from circuitgraph._incremental import Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
@@ -139,16 +139,7 @@ class Batch:
         """From a run that is kept, where that is less work. (In half precision never: it would be rounded with every move.)"""
         if len(masks) == 0 or masks.ndim == 4 or self._parts.dtype.itemsize < 4:
             return self._fresh(masks, source)
-        if self._kept is None or self._kept[0] is not source:
-            self._kept = (source, self._live_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
-        _, kept, incremental = self._kept
-        plan = incremental.plan(masks)
-        if plan.anew:
-            kept = self._live_kept(source)
-        if plan.move is not None:
-            mask = jnp.asarray(incremental.mask, self._parts.dtype)
-            kept = queries.moved(self.decoder, mask, self._start(plan.move), kept, source.whole, self._again(plan.move))
-        self._kept = (source, kept, incremental)
+        kept, plan = self._planned(masks, source)
         if not plan.parts:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
@@ -157,6 +148,20 @@ class Batch:
                 lanes = part.lanes[lot]
                 out[lanes] = self._run(masks[lanes], self._start(part), kept, source, self._again(part))
         return out
+
+    def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[Kept, Plan]:
+        """The kept run, moved to where these masks want it, and what to run from there."""
+        if self._kept is None or self._kept[0] is not source:
+            self._kept = (source, self._live_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+        (_, kept, incremental), self._kept = self._kept, None  # whoever interrupts a move leaves no plan without its run behind
+        plan = incremental.plan(masks)
+        if plan.anew:
+            kept = self._live_kept(source)
+        if plan.move is not None:
+            mask = jnp.asarray(incremental.mask, self._parts.dtype)
+            kept = queries.moved(self.decoder, mask, self._start(plan.move), kept, source.whole, self._again(plan.move))
+        self._kept = (source, kept, incremental)
+        return kept, plan
 
     def _fresh(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         """Of each lane from the first layer in which it differs from the model's own run."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
-from circuitgraph._incremental import Incremental, Part
+from circuitgraph._incremental import Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
@@ -121,15 +121,7 @@ class Batch:
         """From a run that is kept, where that is less work. (In half precision never: what it hears would be rounded with every move.)"""
         if len(masks) == 0 or masks.ndim == 4 or self._input.element_size() < 4:
             return self._fresh(masks, source)
-        if self._kept is None or self._kept[0] is not source:
-            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
-        _, kept, incremental = self._kept
-        plan = incremental.plan(masks)
-        if plan.anew:
-            kept = self._new_kept(source)
-            self._kept = (source, kept, incremental)
-        if plan.move is not None:
-            kept.move(incremental.mask, plan.move)
+        kept, plan = self._planned(masks, source)
         if not plan.parts:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
@@ -139,6 +131,19 @@ class Batch:
                 lanes = part.lanes[at : at + size]
                 out[lanes] = self._measure(kept.ends(masks[lanes], part)).double().cpu().numpy()
         return out
+
+    def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[KeptRun, Plan]:
+        """The kept run, moved to where these masks want it, and what to run from there."""
+        if self._kept is None or self._kept[0] is not source:
+            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+        (_, kept, incremental), self._kept = self._kept, None  # whoever interrupts a move leaves no half-moved run behind
+        plan = incremental.plan(masks)
+        if plan.anew:
+            kept = self._new_kept(source)
+        if plan.move is not None:
+            kept.move(incremental.mask, plan.move)
+        self._kept = (source, kept, incremental)
+        return kept, plan
 
     def _new_kept(self, source: SourceRun) -> KeptRun:
         return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, self._live_differences(source))
