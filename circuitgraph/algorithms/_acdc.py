@@ -35,7 +35,7 @@ class ACDC:
     "ascending" that of its class. Readers' heads are always descending. `order_seed` shuffles the heads of writers and readers alike
     instead, to see how much of a circuit is owed to the order. A reader that feeds no needed writer loses its edges unasked.
 
-    Cost: one forward pass per edge that is tried, fewer where an engine starts late. Up to `max_lanes` of them are sent together: a batch
+    Cost: one run per edge that is tried, of what an engine must recompute for it. Up to `max_lanes` of them are sent together: a batch
     bets that its trials go as the last one did, and what follows a lost bet is tried again, so the decisions do not depend on `max_lanes`.
 
     Scores are `loss(without it) - loss(then)` of the edges tried one by one, positive where the edge supports the behaviour; else 0. The
