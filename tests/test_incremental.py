@@ -159,6 +159,20 @@ def test_an_interrupted_move_leaves_nothing_wrong_behind(backend: str, monkeypat
     np.testing.assert_allclose(engine.evaluate(masks), expected, rtol=0, atol=TOLERANCE)
 
 
+def test_what_hears_nothing_hears_exactly_nothing() -> None:
+    """With source zero the logits' input is then 0, which a norm leaves at 0; a rest of 1e-7 it would blow up."""
+    engine = traced("gemma2").bind(PAIRS, "logit_diff", "zero")
+    graph = engine.graph
+    now = graph.visible.astype(np.float32)
+    for kept in (5, 1, 0):
+        masks = np.stack([now, now])
+        masks[:, -1, kept:] = 0
+        masks[0, -1, kept : kept + 1] = 1
+        values = engine.evaluate(masks)
+    assert values[1].tolist() == [0.0] * len(PAIRS)
+    assert values[0].all()
+
+
 def test_other_source_values_start_another_run() -> None:
     model = traced("gpt2")
     engine, zero = model.bind(PAIRS, "logit_diff"), model.bind(PAIRS, "logit_diff", "zero")

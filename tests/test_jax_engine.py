@@ -283,7 +283,7 @@ def test_models_of_several_dtypes_live_side_by_side() -> None:
     assert jnp.ones(1).dtype == jnp.float32
     assert double.activations().batches[0].dtype == np.float64
     assert single.activations().batches[0].dtype == np.float32
-    assert np.array_equal(single.evaluate(mask[None]), before)
+    assert np.allclose(single.evaluate(mask[None]), before, rtol=1e-6, atol=1e-6)
     assert 1e-12 < np.abs(before - exact).max() < 1e-4 * np.abs(exact).max()
     said = double.activations(mask)
     with warnings.catch_warnings():

@@ -215,7 +215,9 @@ def test_the_same_seed_is_the_same_run_and_another_is_another(algorithm: Any) ->
     other = type(algorithm)(**{**vars(algorithm), "seed": 5}).run(engine)
     assert np.array_equal(first.scores, again.scores)
     assert np.array_equal(first.mask, again.mask)
-    assert first.record == again.record
+    losses = [record.pop("loss") for record in (dict(first.record), dict(again.record))]
+    assert np.allclose(*losses, rtol=1e-9)  # an engine that was asked before may go on from there, within rounding
+    assert {**first.record, "loss": None} == {**again.record, "loss": None}
     assert not np.array_equal(first.scores, other.scores)
 
 

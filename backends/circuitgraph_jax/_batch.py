@@ -158,7 +158,7 @@ class Batch:
         if plan.anew:
             kept = self._live_kept(source)
         if plan.move is not None:
-            mask = jnp.asarray(incremental.mask, self._parts.dtype)
+            mask = jnp.asarray(incremental.mask.astype(self._parts.dtype))
             kept = queries.moved(self.decoder, mask, self._start(plan.move), kept, source.whole, self._again(plan.move))
         self._kept = (source, kept, incremental)
         return kept, plan

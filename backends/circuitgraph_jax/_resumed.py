@@ -13,7 +13,7 @@ from jax import Array, lax
 from circuitgraph._liveness import ALL, DEAD, Extent
 from circuitgraph._sites import Sites
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import LayerMasking, Masking
+from circuitgraph_jax._forward import Edges, LayerMasking, Masking
 from circuitgraph_jax._joints import Layer
 from circuitgraph_jax._run import keep
 
@@ -44,7 +44,7 @@ class Again(eqx.Module):
     @classmethod
     def everything(cls, sites: Sites) -> Again:
         n_layers = len(sites.layers)
-        return cls(jnp.ones(n_layers, dtype=bool), jnp.full(n_layers, ALL, dtype=jnp.int32))
+        return cls(jnp.asarray(np.ones(n_layers, dtype=bool)), jnp.asarray(np.full(n_layers, ALL, dtype=np.int32)))
 
 
 class Step(eqx.Module):
@@ -107,7 +107,8 @@ def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_mode
             there = LayerMasking(here.masking.edges, here.masking.before_attention, here.masking.before_mlp[-1:])
             return known.at[-1:].set(mlp(there.read_mlp(layer, before[-1:], bank[:, -1:])) - said[-1:])
 
-        changed = lax.switch(here.again.mlp, (lambda: known, at_the_end, everywhere))
+        last = at_the_end if isinstance(here.masking.edges, Edges) else everywhere  # edges by span are read at all positions
+        changed = lax.switch(here.again.mlp, (lambda: known, last, everywhere))
         bank = keep(bank, changed[None], at)
         after = after + changed + said
     return after, bank

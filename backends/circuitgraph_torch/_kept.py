@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
 
+_FEW = 8  # writers
+
 
 class KeptRun:
     """At first the model's own run.
@@ -38,6 +41,7 @@ class KeptRun:
         self.mask = sites.graph.visible.astype(np.float32)
         self.said, self.differences = live.values, differences
         self.heard = _heard(joints, sites, live)
+        self._source = source
         self.first = _first_difference(differences)
         self._projected: dict[int, Tensor] = {}
         self._aside: tuple[int, slice, Float[ndarray, " visible"], Tensor] | None = None
@@ -67,6 +71,17 @@ class KeptRun:
         heard[:, where] = x
         for reader in readers.tolist():
             self.heard[reader] = heard
+
+    @cached_property
+    def sourced(self) -> list[Tensor]:
+        """What every reader hears in the source run."""
+        heard: list[Tensor] = []
+        for number, layer in enumerate(self.sites.layers):
+            if layer.attention is not None:
+                heard += [self._source.before_attention(number)] * (layer.attention.stop - layer.attention.first)
+            if layer.mlp is not None:
+                heard.append(self._source.before_mlp(number))
+        return [*heard, self._source.end]
 
     def projected(self, number: int) -> Tensor:
         """What the readers of a layer's attention say to it, `[prompts, position, readers * head_dim]`."""
@@ -178,10 +193,17 @@ class _Lanes:
         return id(self._kept.heard[reader]), rows.tobytes()
 
     def _given(self, reader: int, site: Site, where: slice) -> Tensor:
-        """What a reader hears under the lanes' masks if every writer says what it said in the kept run."""
+        """What a reader hears under the lanes' masks if every writer says what it said in the kept run.
+
+        Where little is kept it is added up from the source: taken off what was heard, it would leave rounding, which a norm blows up.
+        """
         if not self._is_given[reader]:
             return self._kept.heard[reader][:, where].expand(len(self._masks), *(-1,) * 3)
         rows = self._masks[:, reader, : site.n_visible]
+        if np.count_nonzero(rows.any(axis=0)) <= _FEW:
+            x, further = self._kept.sourced[reader], self._kept.mixed(rows, where)
+            x = x.expand(self._kept.said.shape[1:])[:, where]
+            return x.expand(len(rows), *(-1,) * 3) if further is None else x + further
         x = self._kept.aside(reader, rows[0], where)
         further = self._kept.mixed(rows - rows[0], where)
         return x.expand(len(rows), *(-1,) * 3) if further is None else x + further
