@@ -28,8 +28,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:
     """Matrix products of a half-precision model on a CPU in float32, and their results rounded.
 
-    Most CPUs have no instructions for them, and the one that goes back through a linear layer is then two hundred times slower than in
-    float32 (measured with PyTorch 2.13 on a CPU with AVX2). One weight at a time is widened.
+    Many CPUs have no instructions for them, and the one that goes back through a linear layer is then far slower than in float32. One
+    weight at a time is widened.
     """
     parameter = next(model.parameters())
     is_narrow = parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
