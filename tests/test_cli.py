@@ -398,11 +398,14 @@ def test_bundled_model_from_a_shell(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_from_a_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "circuitgraph.cli", "discover", *ZOO[:3], "-a", "activation-patching", "-n", "2000", "-o", "out"]
+    search = ["-a", "ugs", "--set", "n_steps=1000000", "-n", "8"]  # nothing that could be over before it is stopped
+    command = [sys.executable, "-m", "circuitgraph.cli", "discover", *ZOO[:3], *search, "-o", "out"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(4.0)
     os.kill(running.pid, signal.SIGINT)
     _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 130, stderr
+    # A slow machine is still importing: Python then ends by the signal itself, if that met an exec() of a text, as in making a dataclass,
+    # however it was caught. A shell calls both 130.
+    assert running.returncode in (130, -signal.SIGINT), stderr
     assert "interrupted; nothing was written" in stderr
     assert list(tmp_path.iterdir()) == []
