@@ -57,7 +57,7 @@ class Backward:
             self._propagate(mlp.plan, grad[None])
         if attention is not None and joint.attention is not None and layer.attention is not None:
             grad_heads = self._writer_grads(heads) if grad_heads is None else grad_heads
-            grad_heads = grad_heads[: len(attention.written)]  # where the heads wrote together, they share one
+            grad_heads = grad_heads[: attention.n_written]  # where the heads wrote together, they share one
             which = self._live_readers(joint.attention, attention.plan)
             grads = self._reader_grads(joint.attention, attention, grad_heads, which)
             self._collector.add(layer.attention, attention.plan.readers[which], grads)

@@ -8,6 +8,7 @@ A mask may differ from span to span of the prompts; then every position of every
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ class Bank:
         own = np.flatnonzero(computed[n_shared:]) + n_shared
         self._slot = np.full(len(computed), -1)
         self._slot[own] = np.arange(len(own))
-        self.own = torch.empty(n_lanes, len(own), *like.shape[-3:], dtype=like.dtype, device=like.device)
+        self.own = empty_like(like, n_lanes, len(own), *like.shape[-3:])
 
     def write(self, writers: Int[ndarray, " some"], said: Tensor, source: Tensor) -> None:
         """Keep the difference of two `[some, lanes, prompts, position, d_model]`."""
@@ -163,6 +164,13 @@ def _columns(rows: Rows) -> Int[ndarray, " writers"]:
 def by_position(rows: Float[ndarray, "distinct writers spans"], spans: Tensor, like: Tensor) -> Tensor:
     """`[prompts * position, distinct, writers]`: every position has the coefficients of its span."""
     return to_tensor(np.moveaxis(rows, -1, 0), like)[spans.flatten()]
+
+
+def empty_like(like: Tensor, *shape: int) -> Tensor:
+    """A tensor to be filled, of a dtype and device. On a CPU in numpy's memory, for which it asks the system for large pages."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(math.prod(shape) * like.element_size(), dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def to_tensor(values: Float[ndarray, ...], like: Tensor) -> Tensor:

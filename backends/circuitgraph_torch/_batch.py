@@ -228,7 +228,7 @@ class Batch:
                 self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, self._parts.budget.lanes
             )
         self._backward(tape, x[0], scores, spans, recomputed)
-        return scores.scores
+        return scores.scores()
 
     def source_gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts writers d_model"]:
         """The gradient in a vector that is added to what each writer says in the source run."""

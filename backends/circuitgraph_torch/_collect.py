@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _WIDENED = 64  # how many writers are made float32 at once
+_MOST_WAITING = 64  # readers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +44,24 @@ class Collector(Protocol):
 
 
 class EdgeScores:
-    """`<dF/dx_r, live_w - source_w>` for every edge: one matrix product a site.
+    """`<dF/dx_r, live_w - source_w>` for every edge.
 
     `differences` are `[writers, prompts, position, d_model]`. There may be several times as many rows of gradients as prompts, from runs
-    of the same prompts one after the other (see `mix`); these are added up before the product.
+    of the same prompts one after the other (see `mix`); these are added up before the product. A product reads all differences, so small
+    sites wait for each other and share one; sites come from the logits down, and the first that waits sees the most writers.
     """
 
     def __init__(self, sites: Sites, differences: Tensor, spans: Spans | None = None) -> None:
         self._differences, self._spans = differences, spans
         by_span = () if spans is None else (spans.count,)
-        self.scores: Float[ndarray, "prompts readers writers"] = np.zeros((differences.shape[1], *sites.graph.shape, *by_span))
+        self._scores: Float[ndarray, "prompts readers writers"] = np.zeros((differences.shape[1], *sites.graph.shape, *by_span))
+        self._waiting: list[tuple[Site, Int[ndarray, " some"]]] = []
+        self._grads: Tensor | None = None
+
+    def scores(self) -> Float[ndarray, "prompts readers writers"]:
+        """Of everything that was added."""
+        self._settle()
+        return self._scores
 
     def add(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor, *, last_only: bool = False) -> None:
         differences = self._differences[: site.n_visible]
@@ -60,16 +69,44 @@ class EdgeScores:
         n_prompts = differences.shape[1]
         if grads.shape[1] != n_prompts:
             grads = grads.unflatten(1, (-1, n_prompts)).sum(1)
-        if self._spans is None:
-            products = _products(grads.flatten(2).transpose(0, 1), differences.flatten(2))
-        else:
+        if self._spans is not None:
             at_positions = _products(grads.flatten(1, 2).transpose(0, 1), differences.flatten(1, 2))
-            products = self._spans.sums(at_positions.unflatten(0, (n_prompts, -1)), last_only=last_only).permute(0, 2, 3, 1)
-        self.put(site, readers, products)
+            products = self._spans.sums(at_positions.unflatten(0, (n_prompts, -1)), last_only=last_only)
+            self._store(site, readers, products.permute(0, 2, 3, 1))
+        elif last_only or len(readers) > _MOST_WAITING // 2:
+            self._store(site, readers, _products(grads.flatten(2).transpose(0, 1), differences.flatten(2)))
+        else:
+            self._wait(site, readers, grads)
 
     def put(self, site: Site, readers: Int[ndarray, " some"], products: Tensor) -> None:
-        """Scores of some readers of a site as they are, `[prompts, some, writers]`, by span if the others are."""
-        self.scores[:, site.first + readers, : site.n_visible] = products.double().cpu().numpy()
+        """Scores of some readers of a site as they are, `[prompts, some, writers]`, by span if the others are; they replace what was added."""
+        self._settle()
+        self._store(site, readers, products)
+
+    def _wait(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor) -> None:
+        if self._n_waiting + len(readers) > _MOST_WAITING:
+            self._settle()
+        if self._grads is None:
+            self._grads = grads.new_empty(_MOST_WAITING, *grads.shape[1:])
+        self._grads[self._n_waiting :][: len(readers)] = grads
+        self._waiting.append((site, readers))
+
+    @property
+    def _n_waiting(self) -> int:
+        return sum(len(readers) for _, readers in self._waiting)
+
+    def _settle(self) -> None:
+        if not self._waiting:
+            return
+        assert self._grads is not None
+        grads, differences = self._grads[: self._n_waiting], self._differences[: self._waiting[0][0].n_visible]
+        products = _products(grads.flatten(2).transpose(0, 1), differences.flatten(2))
+        for (site, readers), some in zip(self._waiting, products.split([len(readers) for _, readers in self._waiting], 1), strict=True):
+            self._store(site, readers, some[..., : site.n_visible])
+        self._waiting = []
+
+    def _store(self, site: Site, readers: Int[ndarray, " some"], products: Tensor) -> None:
+        self._scores[:, site.first + readers, : site.n_visible] = products.double().cpu().numpy()
 
 
 class SourceGrads:

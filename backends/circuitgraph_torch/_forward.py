@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from circuitgraph._engine import EXACT, Rule
@@ -71,19 +72,20 @@ class LiveRun:
 @dataclass(frozen=True, eq=False)
 class AttentionStep:
     """One layer's attention on the tape: readers' inputs `x` `[distinct, prompts, position, d_model]`, projections `projected` (a leaf),
-    what the heads wrote (by head, or together where nothing is kept of single writers)."""
+    and where the gradient of what was written starts, a tensor for each head or one for all; what it was is not held."""
 
     plan: Plan
     x: Tensor
     projected: Tensor
-    written: Tensor
+    written: GradientEdge
+    n_written: int
 
 
 @dataclass(frozen=True, eq=False)
 class MLPStep:
     plan: Plan
     x: Tensor
-    written: Tensor
+    written: GradientEdge
 
 
 @dataclass(eq=False)
@@ -165,7 +167,7 @@ class Forward:
                 else:
                     written = joint.write_together(mixed, is_frozen=is_frozen)
             if self._tape is not None:
-                self._tape.attention[number] = AttentionStep(plan, x[0], projected, written)
+                self._tape.attention[number] = AttentionStep(plan, x[0], projected, get_gradient_edge(written), len(written))
             stream = self._add(stream, alive, written.detach())
         stream = self._add_sources(stream, np.setdiff1d(heads, alive))
         if joint.constant is not None:
@@ -195,7 +197,7 @@ class Forward:
             x = x.detach().requires_grad_(self._tape is not None)
             written = joint(x) if self._tape is None else joint(x, self._tape.rule)
         if self._tape is not None:
-            self._tape.mlp[number] = MLPStep(plan, x, written)
+            self._tape.mlp[number] = MLPStep(plan, x, get_gradient_edge(written))
         return self._add(after, np.array([writer]), written.detach()[None])
 
     def _plan(self, site: Site) -> Plan:

@@ -13,16 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; each module's training mode is given back afterwards."""
+    """Evaluation mode and no gradients, for parameters not even where others are asked for: autograd would keep what theirs need.
+    Each module's training mode and each parameter's gradient are given back afterwards."""
     training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for module in training:
             module.training = False
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:
