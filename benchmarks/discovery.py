@@ -81,9 +81,21 @@ _TITLES = {
     "tiny": "tiny, random",
 }
 _METHODS = {"naive": "naive: a full forward per edge", "eap": "EAP", "eap-ig": "EAP-IG inputs, 5 steps", "sweep": "exact sweep of edges"}
-_COLUMNS = ("method", "model", "prompts x tokens", "edges", "kept", "plain forward, ms", "seconds", "plain forwards", "forwards an edge")
+_COLUMNS = (
+    "method",
+    "model",
+    "prompts x tokens",
+    "edges",
+    "kept",
+    "plain forward, ms",
+    "seconds",
+    "plain forwards",
+    "products alone",
+    "forwards an edge",
+)
 _NOTE = (
-    "A plain forward: the median. What has rounds: median (smallest to largest). Naive: the median of some full masked forwards, nothing "
+    "A plain forward: the median. What has rounds: median (smallest to largest). Products alone: the operations of its matrix products, "
+    "by those of a plain forward: fewer forwards it could not take. Naive: the median of some full masked forwards, nothing "
     "taken from other runs, without the metric, times the edges. Sweep: activation patching of each edge by itself. ACDC: the whole run, "
     "from binding the prompts to the circuit. Memory: of the whole process, tracing included."
 )
@@ -141,6 +153,7 @@ def table(found: Sequence[dict[str, Any]], device: str = "cpu") -> Table:
                 f"{1e3 * case['base']['median']:,.3g}",
                 f"{case['seconds']:,.4g}" + (f" (extrapolated from {case['measured_edges']:,} edges)" if is_extrapolated(case) else ""),
                 str(spread),
+                f"{case['products']:.2f}" if "products" in case else "",
                 "" if "spread" in case else f"{case['per_edge']:.4f}",
                 f"{case['peak'] / 1e9:.2f}",
                 *verdicts(row, case),

@@ -19,6 +19,7 @@ from benchmarks import subjects
 from benchmarks.clock import Paced, compared, paced
 from benchmarks.eap_case import run_scoring
 from benchmarks.machine import peak_memory
+from benchmarks.products import operations
 from benchmarks.twin import sharing_twin
 from circuitgraph import ACDC, EAP, EAPIG, ActivationPatching, Engine, Outcome, PromptPairs, TracedModel, trace
 
@@ -214,6 +215,7 @@ def _scoring(algorithm: EAP | EAPIG, case: Case, base: Callable[[], object]) -> 
         "spread": asdict(found.wall_ratio),
         "cpu_forwards": asdict(found.cpu_ratio),
         "base": asdict(found.base),
+        "products": operations(lambda: run_scoring(algorithm, case.traced, case.pairs)) / operations(base),
     }
 
 
