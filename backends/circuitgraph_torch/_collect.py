@@ -79,7 +79,7 @@ class EdgeScores:
             self._wait(site, readers, grads)
 
     def put(self, site: Site, readers: Int[ndarray, " some"], products: Tensor) -> None:
-        """Scores of some readers of a site as they are, `[prompts, some, writers]`, by span if the others are, in place of what was added."""
+        """Scores of some readers as they are, `[prompts, some, writers]`, by span if the others are, in place of what was added."""
         self._settle()
         self._store(site, readers, products)
 
