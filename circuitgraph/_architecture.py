@@ -104,12 +104,13 @@ class FeedForward:
     """Inside an MLP: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
 
     `up` and `gate` have one "head", the whole width; they may be two parts of one module. `gelu` is the exact one, `gelu_tanh` its usual
-    approximation (`gelu_new`, `gelu_pytorch_tanh`), `relu2` the square of `relu`.
+    approximation (`gelu_new`, `gelu_pytorch_tanh`), `relu2` the square of `relu`; `identity` makes
+    an MLP linear.
     """
 
     up: Projection
     down: str
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"]
     gate: Projection | None = None
 
 

@@ -1,5 +1,13 @@
-"""What tests need: a numpy reference model and engine, the oracle for every backend."""
+"""What tests need: a numpy reference model and engine, the oracle for every backend; models whose circuit is known; and
+`check_algorithm`, the properties that every algorithm must have. Hypothesis strategies are in `circuitgraph.testing.strategies`."""
 
+from circuitgraph.testing._check_algorithm import CheckError as CheckError
+from circuitgraph.testing._check_algorithm import CheckReport as CheckReport
+from circuitgraph.testing._check_algorithm import CheckResult as CheckResult
+from circuitgraph.testing._check_algorithm import check_algorithm as check_algorithm
+from circuitgraph.testing._checks import CHECKS as CHECKS
+from circuitgraph.testing._planted import PlantedModel as PlantedModel
+from circuitgraph.testing._planted import planted_model as planted_model
 from circuitgraph.testing._random_pairs import random_pairs as random_pairs
 from circuitgraph.testing._reference_engine import ReferenceEngine as ReferenceEngine
 from circuitgraph.testing._reference_engine import ReferenceValues as ReferenceValues

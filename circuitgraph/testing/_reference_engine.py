@@ -2,7 +2,7 @@
 
     x_r = const_r + sum over visible writers w of  m[r, w] * live_w + (1 - m[r, w]) * source_w
 
-One reader at a time, one writer at a time. The oracle for every other engine; slow on purpose.
+One reader at a time, the whole model for every mask. The oracle for every other engine; slow on purpose.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     Mask = Float[ndarray, "readers writers"] | Float[ndarray, "readers writers spans"]
+    Masks = Float[ndarray, "copies readers writers"] | Float[ndarray, "copies readers writers spans"]  # one for each prompt, or one for all
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
     Values = Float[ndarray, "prompts writers position d_model"]
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 NOTHING: Nudge = {}
 STEP = 1e-5  # of central differences, in units of the nudge
+_LANE_NUMBERS = 1 << 19  # what writers say in the lanes that are run together, in numbers: two megabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ class ReferenceEngine:
 
     def activations(self, mask: Mask | None = None, *, source: WriterValues | None = None) -> ReferenceValues:
         chosen = np.ones(self.graph.shape) if mask is None else checked_mask(mask, self.graph.shape, self.spans).astype(float)
-        return self._collect(lambda batch: self._run(batch, chosen, self._source_of(batch, source)).values)
+        return self._collect(lambda batch: self._run(batch, chosen[None], self._source_of(batch, source)).values)
 
     def source_values(self) -> ReferenceValues:
         return self._own_source
@@ -108,12 +110,21 @@ class ReferenceEngine:
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
-        checked = checked_mask(masks, (1, *self.graph.shape), self.spans)
+        checked = checked_mask(masks, (1, *self.graph.shape), self.spans).astype(float)
         out = np.zeros((len(checked), self.n_prompts))
-        for lane, mask in enumerate(checked.astype(float)):
-            for batch in self._batches:
-                out[lane, batch.index] = self.metric(self._run(batch, mask, self._source_of(batch, source)).logits, batch.target)
+        for batch in self._batches:
+            own = self._source_of(batch, source)
+            size = max(1, _LANE_NUMBERS // own.size)
+            for at in range(0, len(checked), size):
+                out[at : at + size, batch.index] = self._lanes(batch, checked[at : at + size], own)
         return out
+
+    def _lanes(self, batch: _Batch, masks: Float[ndarray, "lanes readers writers"], source: Values) -> Float[ndarray, "lanes prompts"]:
+        """Each lane on its own copy of the prompts."""
+        many, n = batch.times(len(masks)), len(batch.index)
+        run = self._run(many, np.repeat(masks, n, axis=0), copies(source, len(masks)))
+        values: Float[ndarray, " prompts"] = self.metric(run.logits, many.target)
+        return values.reshape(len(masks), n)
 
     def gradient(
         self, mask: Mask, *, source: WriterValues | None = None, mix: float | Sequence[float] = 1.0, rule: Rule = EXACT
@@ -124,7 +135,7 @@ class ReferenceEngine:
         out = np.zeros((self.n_prompts, *mask.shape))
         for batch in self._batches:
             source_values = self._source_of(batch, source)
-            direction = self._run(batch, mask, source_values).values - source_values
+            direction = self._run(batch, mask[None], source_values).values - source_values
             for one_mix in np.atleast_1d(mix):
                 slopes = _Slopes(self, batch, mask, source_values, float(one_mix), rule)
                 for r in range(len(self.graph.readers)):
@@ -150,7 +161,7 @@ class ReferenceEngine:
             for w in range(len(self.graph.writers)):
                 shift = np.zeros_like(source_values)
                 shift[:, w] = STEP * np.repeat(np.eye(width), n, axis=0)[:, None]
-                up, down = (self.metric(self._run(many, mask, source_values + s).logits, many.target) for s in (shift, -shift))
+                up, down = (self.metric(self._run(many, mask[None], source_values + s).logits, many.target) for s in (shift, -shift))
                 out[batch.index, w] = ((up - down) / (2 * STEP)).reshape(width, n).T
         return out
 
@@ -160,9 +171,9 @@ class ReferenceEngine:
         pairs = replace(self.pairs, clean=self.pairs.corrupted, corrupted=self.pairs.clean)
         return replace(self, pairs=pairs, is_reversed=not self.is_reversed)
 
-    def _run(self, batch: _Batch, mask: Mask, source: Values, mix: float = 1.0, nudge: Nudge = NOTHING, memory: Memory = LIVE) -> Run:
+    def _run(self, batch: _Batch, mask: Masks, source: Values, mix: float = 1.0, nudge: Nudge = NOTHING, memory: Memory = LIVE) -> Run:
         said = source[:, 0] + mix * (self.model.embed(batch.tokens) - source[:, 0])
-        spans = batch.spans if mask.ndim == 3 else None
+        spans = batch.spans if mask.ndim == 4 else None
         return masked_run(self.model, self.graph, said, mask, source, spans=spans, nudge=nudge, memory=memory)
 
     def _source_of(self, batch: _Batch, source: WriterValues | None) -> Values:
@@ -223,7 +234,7 @@ class _Slopes:
         up, down = (
             self.engine._run(
                 batch,
-                self.mask,
+                self.mask[None],
                 source,
                 self.mix,
                 {end: step * np.concatenate(by) for end, by in nudge.items()},
@@ -250,7 +261,7 @@ class _Slopes:
     @cached_property
     def _first(self) -> Run:
         """The mixed run itself, which writes down what the rule freezes."""
-        return self.engine._run(self.batch, self.mask, self.source, self.mix, memory=Memory(self.rule))
+        return self.engine._run(self.batch, self.mask[None], self.source, self.mix, memory=Memory(self.rule))
 
 
 @dataclass
@@ -258,7 +269,7 @@ class Run:
     """A run under a mask, while it is being computed and after."""
 
     graph: Graph
-    mask: Mask
+    mask: Masks
     source: Values
     values: Values
     constant: Stream  # what has been added to the stream so far by nobody: output biases
@@ -271,15 +282,24 @@ class Run:
     def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
         """The input of a reader, or of a head's reader: the equation at the top of this file."""
         r = self.graph.reader_id(Reader(kind, layer, index))
-        x = self.constant.copy()
-        for w in np.flatnonzero(self.graph.visible[r]):
-            m = self.mask[r, w] if self.spans is None else self.mask[r, w][self.spans][..., None]
-            x += m * self.values[:, w] + (1 - m) * self.source[:, w]
+        is_seen = np.trim_zeros(self.graph.visible[r], "b")  # writers are sorted: those that a reader sees come first
+        m = self._coefficients(r, len(is_seen))
+        x = _weighted(m * is_seen[:, None], self.values)
+        x += _weighted((1 - m) * is_seen[:, None], self.source)
+        x += self.constant
         x += self.nudge.get(self.graph.readers[r], 0.0)
         is_dropped = kind != "logits" and layer == self.memory.rule.dropped_layer
         heard: Stream = self.memory.held(is_dropped, x)
         self.heard[Reader(kind, layer, index)] = heard
         return heard
+
+    def _coefficients(self, r: int, n: int) -> Float[ndarray, "copies some position"]:
+        """Of the first writers; of every prompt, or one for all; of every position, or one for all."""
+        of_edges = self.mask[:, r, :n]
+        if self.spans is None:
+            return of_edges[..., None]
+        where = np.broadcast_to(self.spans[:, None], (len(self.spans), n, self.spans.shape[1]))
+        return np.take_along_axis(np.broadcast_to(of_edges, (len(where), *of_edges.shape[1:])), where, axis=2)
 
     def write(self, writer: Writer, value: Stream) -> None:
         self.values[:, self.graph.writer_id(writer)] = value
@@ -289,14 +309,14 @@ def masked_run(
     model: ReferenceModel,
     graph: Graph,
     said: Stream,
-    mask: Mask,
+    mask: Masks,
     source: Values,
     *,
     spans: Tokens | None = None,
     nudge: Nudge = NOTHING,
     memory: Memory = LIVE,
 ) -> Run:
-    """Run the model under a mask; `said` is what the input says."""
+    """Run the model under a mask, or one for every prompt; `said` is what the input says."""
     run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said), spans, nudge, memory)
     run.write(Writer("input"), said)
     for number, layer in enumerate(model.layers):
@@ -329,6 +349,15 @@ def _run_attention(run: Run, number: int, attention: ReferenceAttention) -> Stre
     return rest
 
 
+def _weighted(m: Float[ndarray, "copies some position"], said: Values) -> Stream:
+    """The sum over the first writers of `m` times what they say."""
+    some = said[:, : m.shape[1]]
+    if m.shape[2] > 1:
+        return (m[..., None] * some).sum(axis=1)
+    weighted: Stream = (m.swapaxes(1, 2) @ some.reshape(*some.shape[:2], -1)).reshape(len(some), *some.shape[2:])
+    return weighted
+
+
 def source_values(model: ReferenceModel, graph: Graph, pairs: PromptPairs, source: Source) -> ReferenceValues:
     """What patched writers say, for each prompt."""
     corrupted = _plain_values(model, graph, pairs.corrupted)
@@ -352,7 +381,7 @@ def _plain_values(model: ReferenceModel, graph: Graph, prompts: Any) -> list[Flo
 def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[Float[ndarray, "writers position d_model"]]:
     said = model.embed(tokens)
     nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[1:]))
-    yield from masked_run(model, graph, said, np.ones(graph.shape), nothing).values
+    yield from masked_run(model, graph, said, np.ones((1, *graph.shape)), nothing).values
 
 
 def _mean_of_length(pool: list[Any], length: int) -> Float[ndarray, "writers position d_model"]:

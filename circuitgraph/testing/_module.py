@@ -1,0 +1,179 @@
+"""A reference model as a Hugging Face module of PyTorch, so that what is traced is what everybody traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from circuitgraph._architecture import Architecture, AttentionPattern, FeedForward, Projection
+from circuitgraph._errors import CircuitGraphError
+from circuitgraph.testing._reference_model import ReferenceModel
+from circuitgraph.testing._reference_parts import Activation, ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
+
+_ACTS: dict[Activation, Any] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "identity": lambda x: x,
+}
+
+
+def module_of(model: ReferenceModel) -> ReferenceForCausalLM:
+    """The same weights as a module in float64. Raises `CircuitGraphError` for what it has no module for."""
+    if model.embedding_scale != 1.0 or model.logit_scale != 1.0 or model.logit_softcap is not None:
+        raise CircuitGraphError(f"{model.name}: scaled embeddings and logits have no module yet")
+    if any(layer.attention is not None and layer.attention.rotary_base is not None for layer in model.layers):
+        raise CircuitGraphError(f"{model.name}: rotary positions have no module yet")
+    config = ReferenceConfig(vocab_size=model.vocabulary, hidden_size=model.embedding.shape[1], num_hidden_layers=len(model.layers))
+    with torch.random.fork_rng(devices=[]):
+        return ReferenceForCausalLM(config, model).double().eval()
+
+
+def architecture_of(model: ReferenceModel) -> Architecture:
+    """The wiring of the module, with what a backend that builds it anew needs to know."""
+    plain = model.traced().architecture
+    blocks = []
+    for number, (block, layer) in enumerate(zip(plain.blocks, model.layers, strict=True)):
+        attention, mlp = block.attention, block.mlp
+        if attention is not None and layer.attention is not None:
+            attention = replace(attention, pattern=AttentionPattern(scale=layer.attention.q.shape[1] ** -0.5))
+        if mlp is not None and layer.mlp is not None:
+            mlp = replace(mlp, feed_forward=_feed_forward(layer.mlp, f"layers.{number}.mlp"))
+        blocks.append(replace(block, attention=attention, mlp=mlp))
+    return replace(plain, blocks=tuple(blocks))
+
+
+def _feed_forward(mlp: ReferenceMLP, path: str) -> FeedForward:
+    def whole(name: str) -> Projection:
+        return Projection(f"{path}.{name}", len(mlp.up), (0,))
+
+    return FeedForward(whole("up"), f"{path}.down", mlp.act, None if mlp.gate is None else whole("gate"))
+
+
+class ReferenceConfig(PretrainedConfig):  # type: ignore[misc]
+    model_type = "circuitgraph_reference"
+
+
+class ReferenceForCausalLM(PreTrainedModel):  # type: ignore[misc]
+    """`ReferenceModel` in PyTorch, with the parts' names of the reference."""
+
+    config_class = ReferenceConfig
+
+    def __init__(self, config: ReferenceConfig, model: ReferenceModel) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(*model.embedding.shape, _weight=_tensor(model.embedding))
+        self.positions = None if model.positions is None else nn.Embedding(*model.positions.shape, _weight=_tensor(model.positions))
+        self.layers = nn.ModuleList(_Layer(layer) for layer in model.layers)
+        self.final_norm = _norm(model.final_norm)
+        self.unembedding = _linear(model.unembedding, None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.unembedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
+        x = self.embedding(input_ids)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.unembedding(_normed(self.final_norm, x)))
+
+
+class _Layer(nn.Module):
+    def __init__(self, layer: ReferenceLayer) -> None:
+        super().__init__()
+        self.attention = None if layer.attention is None else _Attention(layer.attention)
+        self.mlp = None if layer.mlp is None else _MLP(layer.mlp)
+        self.is_parallel = layer.is_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        after = x if self.attention is None else x + self.attention(_normed(self.attention.norm, x))
+        if self.mlp is None:
+            return after
+        return after + self.mlp(_normed(self.mlp.norm, x if self.is_parallel else after))
+
+
+class _Attention(nn.Module):
+    def __init__(self, attention: ReferenceAttention) -> None:
+        super().__init__()
+        self.norm = _norm(attention.norm)
+        self.post_norm = _norm(attention.post_norm)
+        self.q = _linear(*_heads(attention.q, attention.q_bias))
+        self.k = _linear(*_heads(attention.k, attention.k_bias))
+        self.v = _linear(*_heads(attention.v, attention.v_bias))
+        self.o = _linear(np.concatenate([*attention.o], axis=1), attention.o_bias)
+        self.head_dim, self.n_shared, self.scale = attention.q.shape[1], attention.n_heads // attention.n_kv_heads, attention.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(self.n_shared, 1), v.repeat_interleave(self.n_shared, 1)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        said: Tensor = self.scale * _normed(self.post_norm, self.o(mixed))
+        return said
+
+
+class _MLP(nn.Module):
+    def __init__(self, mlp: ReferenceMLP) -> None:
+        super().__init__()
+        self.norm, self.post_norm = _norm(mlp.norm), _norm(mlp.post_norm)
+        self.up, self.down = _linear(mlp.up, mlp.up_bias), _linear(mlp.down, mlp.down_bias)
+        self.gate = None if mlp.gate is None else _linear(mlp.gate, mlp.gate_bias)
+        self.act, self.scale = _ACTS[mlp.act], mlp.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        said: Tensor = self.scale * _normed(self.post_norm, self.down(hidden))
+        return said
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, norm: ReferenceNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(_tensor(norm.gain)), norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+def _norm(norm: ReferenceNorm | None) -> nn.Module | None:
+    if norm is None:
+        return None
+    if norm.kind == "rms":
+        return _RMSNorm(norm)
+    layer = nn.LayerNorm(len(norm.gain), eps=norm.eps)
+    layer.weight, layer.bias = (
+        nn.Parameter(_tensor(part)) for part in (norm.gain, np.zeros_like(norm.gain) if norm.bias is None else norm.bias)
+    )
+    return layer
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _heads(weight: Any, bias: Any) -> tuple[Any, Any]:
+    """`[heads, d_head, d_model]` as one matrix."""
+    return np.concatenate([*weight]), None if bias is None else np.concatenate([*bias])
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(_tensor(weight))
+    if bias is not None:
+        linear.bias = nn.Parameter(_tensor(bias))
+    return linear
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
