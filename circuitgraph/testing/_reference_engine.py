@@ -161,7 +161,9 @@ class ReferenceEngine:
         return replace(self, pairs=pairs, is_reversed=not self.is_reversed)
 
     def _run(self, batch: _Batch, mask: Mask, source: Values, mix: float = 1.0, nudge: Nudge = NOTHING, memory: Memory = LIVE) -> Run:
-        said = source[:, 0] + mix * (self.model.embed(batch.tokens) - source[:, 0])
+        said = self.model.inputs(batch.tokens)
+        before = source[:, : said.shape[1]]
+        said = before + mix * (said - before)
         spans = batch.spans if mask.ndim == 3 else None
         return masked_run(self.model, self.graph, said, mask, source, spans=spans, nudge=nudge, memory=memory)
 
@@ -288,7 +290,7 @@ class Run:
 def masked_run(
     model: ReferenceModel,
     graph: Graph,
-    said: Stream,
+    said: Values,
     mask: Mask,
     source: Values,
     *,
@@ -296,9 +298,9 @@ def masked_run(
     nudge: Nudge = NOTHING,
     memory: Memory = LIVE,
 ) -> Run:
-    """Run the model under a mask; `said` is what the input says."""
-    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said), spans, nudge, memory)
-    run.write(Writer("input"), said)
+    """Run the model under a mask; `said` is what its inputs say."""
+    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said[:, 0]), spans, nudge, memory)
+    run.values[:, : said.shape[1]] = said
     for number, layer in enumerate(model.layers):
         _run_layer(run, number, layer)
     run.logits = model.unembed(run.read("logits")[:, -1], memory)
@@ -350,8 +352,8 @@ def _plain_values(model: ReferenceModel, graph: Graph, prompts: Any) -> list[Flo
 
 
 def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[Float[ndarray, "writers position d_model"]]:
-    said = model.embed(tokens)
-    nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[1:]))
+    said = model.inputs(tokens)
+    nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[2:]))
     yield from masked_run(model, graph, said, np.ones(graph.shape), nothing).values
 
 
