@@ -70,9 +70,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, program in PROGRAMS.items():
         sop = program.make()
-        model = compiling.compile_rasp_to_model(
-            sop, vocab=set(program.alphabet), max_seq_len=LONGEST, compiler_bos=BOS, compiler_pad=PAD
-        )
+        model = compiling.compile_rasp_to_model(sop, vocab=set(program.alphabet), max_seq_len=LONGEST, compiler_bos=BOS, compiler_pad=PAD)
         description = described(name, program, sop, model)
         save_file(weights(model), FOLDER / f"{name}.safetensors")
         text = json.dumps(asdict(description), indent=1, ensure_ascii=False)

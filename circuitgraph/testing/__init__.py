@@ -1,5 +1,9 @@
-"""What tests need: a numpy reference model and engine, the oracle for every backend."""
+"""What tests need: a numpy reference model and engine, the oracle for every backend, and compiled programs whose circuits are known."""
 
+from circuitgraph.testing._compiled import COMPILED as COMPILED
+from circuitgraph.testing._compiled import CompiledModel as CompiledModel
+from circuitgraph.testing._compiled import compiled_model as compiled_model
+from circuitgraph.testing._outputs import OutputEngine as OutputEngine
 from circuitgraph.testing._random_pairs import random_pairs as random_pairs
 from circuitgraph.testing._reference_engine import ReferenceEngine as ReferenceEngine
 from circuitgraph.testing._reference_engine import ReferenceValues as ReferenceValues

@@ -50,7 +50,8 @@ class ReferenceModel:
 
     @property
     def vocabulary(self) -> int:
-        return len(self.embedding)
+        """How many token ids there are, in prompts or as answers."""
+        return max(len(self.embedding), len(self.unembedding))
 
     def graph(self, *, per_head_kv: bool = False) -> Graph:
         """Its writers and readers. `per_head_kv` gives every head its own `k` and `v` reader."""
