@@ -152,5 +152,7 @@ def _model(name: str, stored: Mapping[str, ndarray], unembedding: Float[ndarray,
         attention = ReferenceAttention(q, k, v, o, is_causal=is_causal)
         return ReferenceLayer(attention, ReferenceMLP(weights[f"{at}.mlp.up"], weights[f"{at}.mlp.down"], "relu"))
 
+    n_missing = max(0, len(unembedding) - len(weights["embedding"]))  # `hist` counts further than it has tokens; an answer must be one
+    embedding = np.pad(weights["embedding"], ((0, n_missing), (0, 0)))
     layers = tuple(layer(f"layers.{i}") for i in range(sum(at.endswith("mlp.up") for at in weights)))
-    return ReferenceModel(weights["embedding"], layers, unembedding, weights["positions"], name=name, splits_input=True)
+    return ReferenceModel(embedding, layers, unembedding, weights["positions"], name=name, splits_input=True)

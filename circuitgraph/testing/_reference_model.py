@@ -50,8 +50,7 @@ class ReferenceModel:
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there are, in prompts or as answers."""
-        return max(len(self.embedding), len(self.unembedding))
+        return len(self.embedding)
 
     def graph(self, *, per_head_kv: bool = False) -> Graph:
         """Its writers and readers. `per_head_kv` gives every head its own `k` and `v` reader."""

@@ -107,12 +107,7 @@ class ReferenceTrace:
         return masked_run(self.model, self.graph, self.model.inputs(clean), mask, source[0][None])
 
     def _padded(self, pair: tuple[Tokens, Tokens]) -> Iterator[tuple[Any, Any]]:
-        """What writers say at a prompt's positions with tokens behind it, and without.
-
-        Nothing where the model has no more positions, or where it would see those tokens.
-        """
-        if not all(layer.attention is None or layer.attention.is_causal for layer in self.model.layers):
-            return
+        """What writers say at a prompt's positions with tokens behind it, and without; nothing where the model has no more positions."""
         length, positions = pair[0].shape[1], self.model.positions
         n_pads = 3 if positions is None else min(3, len(positions) - length)
         if n_pads > 0:
