@@ -92,7 +92,8 @@ class CompiledModel:
     def pairs(self, length: int) -> PromptPairs:
         """All inputs of this length, each corrupted by another one: the list is turned by a little more than half.
 
-        The answer is the model's own last output (of a program that puts out a number: its only logit).
+        The answer is the model's own last output. Of a program that puts out a number it is the only logit, and of that no metric of a last
+        position tells anything: ask `engine`.
         """
         prompts = self.prompts(length)
         return PromptPairs(prompts, self._turned(prompts), self.model.forward(prompts)[:, -1].argmax(axis=-1))

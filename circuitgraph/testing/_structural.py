@@ -54,7 +54,7 @@ class _Found:
         """Mark the edges into a reader that its weight does not map to 0; which of its outputs can be other than 0."""
         r = self.graph.reader_id(reader)
         active = np.zeros(len(weight), dtype=bool)
-        for w in np.flatnonzero(self.graph.visible[r]):
+        for w in np.flatnonzero(self.graph.visible[r]).tolist():
             heard = (weight @ self.says[w] != 0).any(axis=1)
             self.mask[r, w] = heard.any()
             active |= heard
@@ -64,8 +64,8 @@ class _Found:
         active = self.hears(Reader("v", layer, h), attention.v[h])
         self.says[self.graph.writer_id(Writer("head", layer, h))] = attention.o[h][:, active]
         q, k = (self.graph.reader_id(Reader(kind, layer, h)) for kind in ("q", "k"))
-        for asks in np.flatnonzero(self.graph.visible[q]):
-            for answers in np.flatnonzero(self.graph.visible[k]):
+        for asks in np.flatnonzero(self.graph.visible[q]).tolist():
+            for answers in np.flatnonzero(self.graph.visible[k]).tolist():
                 if ((attention.q[h] @ self.says[asks]).T @ (attention.k[h] @ self.says[answers])).any():
                     self.mask[q, asks] = self.mask[k, answers] = True
 
