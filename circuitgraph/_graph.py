@@ -244,13 +244,14 @@ class Graph:
         return tuple(dict.fromkeys(writer.span for writer in self.writers if writer.span))
 
 
-def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False) -> Graph:
+def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False, splits_input: bool = False) -> Graph:
     """The graph of a decoder: writers and readers in MIB's order.
 
     Writers: the input, then per layer its heads and its MLP. Readers: per layer the `q` inputs of all heads, the `k` inputs, the
     `v` inputs, the MLP; the logits last. Grouped `k` and `v` inputs are one reader per group unless `per_head_kv`.
+    `splits_input`: the token and the position embeddings are two writers, `tok` and `pos`.
     """
-    writers = [Writer("input")]
+    writers = [Writer("input", index=i) for i in (0, 1)] if splits_input else [Writer("input")]
     readers: list[Reader] = []
     seen: list[int] = []  # how many writers each reader sees
     fed: list[list[int]] = []  # which writers each reader feeds

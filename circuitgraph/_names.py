@@ -1,5 +1,6 @@
 """The one place that knows the notation of EAP-IG and MIB: `input`, `a5.h1`, `m3`, `logits`, `a5.h1->a9.h6<q>`.
 
+A model whose token and position embeddings are two writers has `tok` and `pos` in place of `input`.
 With grouped-query attention a reader shared by the heads of group 2 is written `a9.g2<k>`. What a writer says in one span of the prompt
 only is written `a5.h1@S2`.
 """
@@ -17,6 +18,9 @@ WriterKind = Literal["input", "head", "mlp"]
 HeadInput = Literal["q", "k", "v"]
 ReaderKind = HeadInput | Literal["mlp", "logits"]
 
+INPUTS = ("input", "tok", "pos")
+"""What the embeddings are called: both together, or those of tokens and those of positions apart."""
+
 _HEAD = re.compile(r"a?(\d+)\.(h|g)?(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?(\d+)", re.IGNORECASE)
 _SPAN = re.compile(r"[^\s@<>-]+")
@@ -30,6 +34,7 @@ _EXPECTED_READER = "expected a head's input such as 'a9.h6<q>', an MLP such as '
 class Writer:
     """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP.
 
+    Where the embeddings are two writers, `tok` has index 0 and `pos` index 1.
     `span`: only what it adds at the positions of this part of the prompt; all of them if empty.
     """
 
@@ -47,7 +52,7 @@ class Writer:
         """The name without the span."""
         if self.kind == "head":
             return f"a{self.layer}.h{self.index}"
-        return f"m{self.layer}" if self.kind == "mlp" else "input"
+        return f"m{self.layer}" if self.kind == "mlp" else INPUTS[self.index + 1]
 
     @property
     def depth(self) -> int:
@@ -70,8 +75,8 @@ class Writer:
         text = text.strip()
         node, at, span = text.partition("@")
         if not at or _SPAN.fullmatch(span):
-            if node.lower() == "input":
-                return cls("input", span=span)
+            if node.lower() in INPUTS:
+                return cls("input", index=INPUTS.index(node.lower()) - 1, span=span)
             if head := _HEAD.fullmatch(node):
                 if (head[2] or "h").lower() == "h":
                     return cls("head", int(head[1]), int(head[3]), span)

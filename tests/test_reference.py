@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,3 +116,15 @@ def test_full_mask_is_transformers(family: str) -> None:
     engine = model.bind(pairs, "logit_diff")
     assert np.allclose(model.traced().logits(pairs), logits, atol=1e-5)
     assert np.allclose(engine.evaluate(np.ones((1, *engine.graph.shape)))[0], logit_diff(logits, pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.4])
+def test_tokens_and_positions_apart_share_what_the_input_has(mix: float) -> None:
+    """By scores; and patching both is patching the input."""
+    model, pairs = ReferenceModel.random(5, n_layers=1), random_pairs(5, lengths=(4, 4))
+    whole, apart = (replace(model, splits_input=splits).bind(pairs, "logit_diff", "zero") for splits in (False, True))
+    scores, parts = (engine.gradient(np.ones(engine.graph.shape), mix=mix) for engine in (whole, apart))
+    assert np.allclose(parts[..., 0] + parts[..., 1], scores[..., 0], atol=1e-6)
+    assert np.allclose(parts[..., 2:], scores[..., 1:], atol=1e-6)
+    mask = np.random.default_rng(0).uniform(size=(1, *whole.graph.shape))
+    assert np.allclose(apart.evaluate(np.concatenate([mask[..., :1], mask], axis=-1)), whole.evaluate(mask), atol=1e-12)

@@ -13,6 +13,7 @@ import numpy as np
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
+from circuitgraph._names import INPUTS
 from circuitgraph.evaluation._curve import MIB_GRID
 from circuitgraph.evaluation._protocol import Protocol
 from circuitgraph.evaluation._scale import Scale
@@ -167,7 +168,7 @@ def _match(kept: Bool[ndarray, " items"], wanted: Bool[ndarray, " items"], score
 def _nodes(circuit: Circuit, reference: Circuit, strength: Float[ndarray, "readers writers"] | None) -> Match | None:
     """Of heads and MLPs; None where the reference has none."""
     graph = circuit.graph
-    names = [node for node in graph.nodes if node not in ("input", "logits")]
+    names = [node for node in graph.nodes if node not in (*INPUTS, "logits")]
     kept, wanted = (np.isin(names, one.nodes) for one in (circuit, reference))
     if not wanted.any():
         return None

@@ -11,6 +11,7 @@ import numpy as np
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import CircuitGraphError, unknown_name
 from circuitgraph._graph import Graph
+from circuitgraph._names import INPUTS
 from circuitgraph.evaluation._protocol import Granularity
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def without(graph: Graph, mask: Bool[ndarray, "readers writers"], nodes: Collect
 
 def parts_of(circuit: Circuit, what: str) -> tuple[str, ...]:
     """The heads and MLPs of a circuit. Raises `CircuitGraphError` where there is none."""
-    parts = tuple(node for node in circuit.nodes if node not in ("input", "logits"))
+    parts = tuple(node for node in circuit.nodes if node not in (*INPUTS, "logits"))
     if not parts:
         raise CircuitGraphError(f"{what}: the circuit has no head and no MLP that could be knocked out")
     return parts
@@ -58,7 +59,7 @@ def parts_of(circuit: Circuit, what: str) -> tuple[str, ...]:
 
 def roles_of(circuit: Circuit, roles: Mapping[str, Sequence[str]] | None) -> dict[str, NodeSet]:
     """The parts of a circuit by role; without roles, its heads and its MLPs. Roles without a part in the circuit are left out."""
-    parts = [node for node in circuit.nodes if node not in ("input", "logits")]
+    parts = [node for node in circuit.nodes if node not in (*INPUTS, "logits")]
     if roles is None:
         kinds = {"heads": [node for node in parts if "." in node], "MLPs": [node for node in parts if "." not in node]}
         return {kind: frozenset(nodes) for kind, nodes in kinds.items() if nodes}

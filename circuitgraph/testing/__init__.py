@@ -6,6 +6,10 @@ from circuitgraph.testing._check_algorithm import CheckReport as CheckReport
 from circuitgraph.testing._check_algorithm import CheckResult as CheckResult
 from circuitgraph.testing._check_algorithm import check_algorithm as check_algorithm
 from circuitgraph.testing._checks import CHECKS as CHECKS
+from circuitgraph.testing._compiled import COMPILED as COMPILED
+from circuitgraph.testing._compiled import CompiledModel as CompiledModel
+from circuitgraph.testing._compiled import compiled_model as compiled_model
+from circuitgraph.testing._outputs import OutputEngine as OutputEngine
 from circuitgraph.testing._planted import PlantedModel as PlantedModel
 from circuitgraph.testing._planted import planted_model as planted_model
 from circuitgraph.testing._random_pairs import random_pairs as random_pairs

@@ -30,6 +30,8 @@ def module_of(model: ReferenceModel) -> ReferenceForCausalLM:
     """The same weights as a module in float64. Raises `CircuitGraphError` for what it has no module for."""
     if model.embedding_scale != 1.0 or model.logit_scale != 1.0 or model.logit_softcap is not None:
         raise CircuitGraphError(f"{model.name}: scaled embeddings and logits have no module yet")
+    if model.splits_input:
+        raise CircuitGraphError(f"{model.name}: a module has one input, tokens and positions together; give it splits_input=False")
     if any(layer.attention is not None and layer.attention.rotary_base is not None for layer in model.layers):
         raise CircuitGraphError(f"{model.name}: rotary positions have no module yet")
     config = ReferenceConfig(vocab_size=model.vocabulary, hidden_size=model.embedding.shape[1], num_hidden_layers=len(model.layers))
@@ -113,12 +115,13 @@ class _Attention(nn.Module):
         self.k = _linear(*_heads(attention.k, attention.k_bias))
         self.v = _linear(*_heads(attention.v, attention.v_bias))
         self.o = _linear(np.concatenate([*attention.o], axis=1), attention.o_bias)
-        self.head_dim, self.n_shared, self.scale = attention.q.shape[1], attention.n_heads // attention.n_kv_heads, attention.scale
+        self.head_dim, self.n_shared = attention.q.shape[1], attention.n_heads // attention.n_kv_heads
+        self.scale, self.is_causal = attention.scale, attention.is_causal
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         k, v = k.repeat_interleave(self.n_shared, 1), v.repeat_interleave(self.n_shared, 1)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
         said: Tensor = self.scale * _normed(self.post_norm, self.o(mixed))
         return said
 

@@ -7,6 +7,7 @@ One reader at a time, the whole model for every mask. The oracle for every other
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -172,7 +173,9 @@ class ReferenceEngine:
         return replace(self, pairs=pairs, is_reversed=not self.is_reversed)
 
     def _run(self, batch: _Batch, mask: Masks, source: Values, mix: float = 1.0, nudge: Nudge = NOTHING, memory: Memory = LIVE) -> Run:
-        said = source[:, 0] + mix * (self.model.embed(batch.tokens) - source[:, 0])
+        said = self.model.inputs(batch.tokens)
+        before = source[:, : said.shape[1]]
+        said = before + mix * (said - before)
         spans = batch.spans if mask.ndim == 4 else None
         return masked_run(self.model, self.graph, said, mask, source, spans=spans, nudge=nudge, memory=memory)
 
@@ -308,7 +311,7 @@ class Run:
 def masked_run(
     model: ReferenceModel,
     graph: Graph,
-    said: Stream,
+    said: Values,
     mask: Masks,
     source: Values,
     *,
@@ -316,9 +319,9 @@ def masked_run(
     nudge: Nudge = NOTHING,
     memory: Memory = LIVE,
 ) -> Run:
-    """Run the model under a mask, or one for every prompt; `said` is what the input says."""
-    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said), spans, nudge, memory)
-    run.write(Writer("input"), said)
+    """Run the model under a mask, or one for every prompt; `said` is what its inputs say."""
+    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said[:, 0]), spans, nudge, memory)
+    run.values[:, : said.shape[1]] = said
     for number, layer in enumerate(model.layers):
         _run_layer(run, number, layer)
     run.logits = model.unembed(run.read("logits")[:, -1], memory)
@@ -354,7 +357,8 @@ def _weighted(m: Float[ndarray, "copies some position"], said: Values) -> Stream
     some = said[:, : m.shape[1]]
     if m.shape[2] > 1:
         return (m[..., None] * some).sum(axis=1)
-    weighted: Stream = (m.swapaxes(1, 2) @ some.reshape(*some.shape[:2], -1)).reshape(len(some), *some.shape[2:])
+    vectors = some.reshape(*some.shape[:2], math.prod(some.shape[2:]))
+    weighted: Stream = (m.swapaxes(1, 2) @ vectors).reshape(len(some), *some.shape[2:])
     return weighted
 
 
@@ -379,8 +383,8 @@ def _plain_values(model: ReferenceModel, graph: Graph, prompts: Any) -> list[Flo
 
 
 def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[Float[ndarray, "writers position d_model"]]:
-    said = model.embed(tokens)
-    nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[1:]))
+    said = model.inputs(tokens)
+    nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[2:]))
     yield from masked_run(model, graph, said, np.ones((1, *graph.shape)), nothing).values
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceModel:
-    """A decoder-only transformer as arrays. The logits are `softcap(logit_scale * unembedding @ final_norm(stream))`.
+    """A transformer as arrays. The logits are `softcap(logit_scale * unembedding @ final_norm(stream))`.
+
+    `splits_input`: its graph has token and position embeddings as two writers, `tok` and `pos`.
 
     >>> model = ReferenceModel.random(seed=0, n_layers=1, n_heads=2)
     >>> model.graph()
@@ -37,13 +39,14 @@ class ReferenceModel:
 
     embedding: Float[ndarray, "vocabulary d_model"]
     layers: tuple[ReferenceLayer, ...]
-    unembedding: Float[ndarray, "vocabulary d_model"]
+    unembedding: Float[ndarray, "outputs d_model"]
     positions: Float[ndarray, "position d_model"] | None = None
     final_norm: ReferenceNorm | None = None
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     name: str = "reference"
+    splits_input: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -51,7 +54,7 @@ class ReferenceModel:
 
     def graph(self, *, per_head_kv: bool = False) -> Graph:
         """Its writers and readers. `per_head_kv` gives every head its own `k` and `v` reader."""
-        return transformer_graph([_graph_layer(layer) for layer in self.layers], per_head_kv=per_head_kv)
+        return transformer_graph([_graph_layer(layer) for layer in self.layers], per_head_kv=per_head_kv, splits_input=self.splits_input)
 
     def bind(
         self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted", *, per_head_kv: bool = False
@@ -66,13 +69,19 @@ class ReferenceModel:
         return ReferenceTrace(self, per_head_kv)
 
     def embed(self, tokens: Int[ndarray, "prompts position"]) -> Float[ndarray, "prompts position d_model"]:
-        """What the writer `input` says: token and position embeddings. Raises `TaskError` for more tokens than there are positions."""
+        """Token and position embeddings together. Raises `TaskError` for more tokens than there are positions."""
+        x: Float[ndarray, "prompts position d_model"] = self.inputs(tokens).sum(axis=-3)
+        return x
+
+    def inputs(self, tokens: Int[ndarray, "prompts position"]) -> Float[ndarray, "prompts inputs position d_model"]:
+        """What the writer `input` says, or the two writers `tok` and `pos`. Raises `TaskError` as `embed` does."""
         if self.positions is not None and tokens.shape[-1] > len(self.positions):
             raise TaskError(
                 f"the model does not take prompts of {tokens.shape[-1]} tokens: it has learned positions for {len(self.positions)}"
             )
-        x: Float[ndarray, "prompts position d_model"] = self.embedding_scale * self.embedding[tokens]
-        return x if self.positions is None else x + self.positions[: tokens.shape[-1]]
+        said = self.embedding_scale * self.embedding[tokens]
+        at = np.zeros_like(said) + (0.0 if self.positions is None else self.positions[: tokens.shape[-1]])
+        return np.stack([said, at] if self.splits_input else [said + at], axis=-3)
 
     def unembed(self, stream: Float[ndarray, "*batch d_model"], memory: Memory = LIVE) -> Float[ndarray, "*batch vocabulary"]:
         """The logits of a final residual stream."""

@@ -49,8 +49,8 @@ class ReferenceNorm:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceAttention:
-    """Causal attention. `q`, `k`, `v` are `[heads, d_head, d_model]`, `o` is `[heads, d_model, d_head]`; head `h` of `n` uses the
-    keys and values `h * n_kv // n`. `rotary_base`: rotary positions that turn the two halves of a head, as Llama's.
+    """Attention, to the past only if `is_causal`. `q`, `k`, `v` are `[heads, d_head, d_model]`, `o` is `[heads, d_model, d_head]`; head
+    `h` of `n` uses the keys and values `h * n_kv // n`. `rotary_base`: rotary positions that turn the two halves of a head, as Llama's.
     """
 
     q: Float[ndarray, "heads d_head d_model"]
@@ -65,6 +65,7 @@ class ReferenceAttention:
     post_norm: ReferenceNorm | None = None
     scale: float = 1.0
     rotary_base: float | None = None
+    is_causal: bool = True
 
     @property
     def n_heads(self) -> int:
@@ -89,8 +90,8 @@ class ReferenceAttention:
         if self.rotary_base is not None:
             q, k = _rotate(q, self.rotary_base), _rotate(k, self.rotary_base)
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
-        is_future = np.triu(np.ones(scores.shape[-2:], dtype=bool), k=1)
-        pattern = memory.held(memory.rule.patterns == "frozen", softmax(np.where(is_future, -np.inf, scores)))
+        is_hidden = np.triu(np.full(scores.shape[-2:], self.is_causal), k=1)
+        pattern = memory.held(memory.rule.patterns == "frozen", softmax(np.where(is_hidden, -np.inf, scores)))
         said: Stream = pattern @ v @ self.o[h].T
         return said
 

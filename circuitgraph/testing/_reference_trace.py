@@ -104,7 +104,7 @@ class ReferenceTrace:
     def _run(self, clean: Tokens, corrupted: Tokens, mask: Float[ndarray, "readers writers"]) -> Run:
         pair = PromptPairs(clean, corrupted, [0])
         source = source_values(self.model, self.graph, pair, Source("corrupted"))
-        return masked_run(self.model, self.graph, self.model.embed(clean), mask[None], source[0][None])
+        return masked_run(self.model, self.graph, self.model.inputs(clean), mask[None], source[0][None])
 
     def _padded(self, pair: tuple[Tokens, Tokens]) -> Iterator[tuple[Any, Any]]:
         """What writers say at a prompt's positions with tokens behind it, and without; nothing where the model has no more positions."""

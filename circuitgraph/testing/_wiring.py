@@ -74,7 +74,7 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Options:
-    """What a planted circuit may have. `looks_up`: heads find their item; else they look everywhere alike, and no `q` or `k` edge is planted."""
+    """What a planted circuit may have. `looks_up`: heads find their item; else everywhere alike, and no `q` or `k` edge is planted."""
 
     looks_up: bool = True
     redundant: bool = False
@@ -142,7 +142,7 @@ class _Draw:
                 self.fixed[mlp] = tuple(heads)
                 return
         raise CircuitGraphError(
-            f"planted model: {_WANTS[role]} an MLP that sees {n_heads} heads that are not otherwise taken (heads that share keys count once); "
+            f"planted model: {_WANTS[role]} an MLP that sees {n_heads} heads not otherwise taken (heads that share keys count once); "
             "give it more heads or layers"
         )
 

@@ -1,0 +1,88 @@
+"""The circuits of compiled programs, beside those that Conmy et al. 2023 list: `python -m benchmarks.tracr`.
+
+For each program, ablation and length of input: how many edges there are, how many have weights that can carry a signal, how many change
+an output when patched alone, how many ACDC keeps, and how many the paper's code lists. Exact and quick; no figure of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from benchmarks.machine import Watch
+from benchmarks.tables import Table, options, publish
+from circuitgraph.algorithms import ACDC
+from circuitgraph.testing import COMPILED, compiled_model
+from circuitgraph.testing._outputs import Ablation
+
+THRESHOLD = 1e-6
+LENGTHS = {"reverse": (3, 5), "shuffle_dyck2": (3,)}  # of the others 3; what has another circuit at another length
+PAPER = {
+    "reverse": "tok->a0.h0<v> tok->m0 a0.h0->m0 tok->m1 pos->m1 m0->m1 m1->m2 m2->a3.h0<q> pos->a3.h0<k> tok->a3.h0<v> a3.h0->logits",
+    "frac_prevs": "tok->m0 tok->a1.h0<q> pos->a1.h0<q> tok->a1.h0<k> pos->a1.h0<k> m0->a1.h0<v> a1.h0->logits",
+}
+"""For zero ablation, from the paper's code, where a chain of hook points is one edge. There `frac_prevs` is called proportion."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--programs", nargs="+", choices=COMPILED, default=COMPILED)
+    chosen = parser.parse_args(arguments)
+    watch = Watch()
+    found = [
+        circuit(name, ablation, length) for name in chosen.programs for ablation in get_args(Ablation) for length in LENGTHS.get(name, (3,))
+    ]
+    command = f"python -m benchmarks.tracr --programs {' '.join(chosen.programs)}"
+    publish(table(found), found, command=command, watch=watch, file=chosen.json)
+
+
+def circuit(name: str, ablation: Ablation, length: int) -> dict[str, Any]:
+    """The edges of one program, ablation and length, by name. ACDC is asked about structural edges; no other changes anything."""
+    compiled = compiled_model(name)
+    engine = compiled.engine(ablation, length, compiled.structural_graph)
+    kept = ACDC(THRESHOLD).run(engine).mask
+    return {
+        "program": name,
+        "ablation": ablation,
+        "length": length,
+        "edges": compiled.graph.n_edges,
+        "structural": sorted(compiled.structural()),
+        "measured": sorted(compiled.measured(ablation, length)),
+        "acdc": sorted(edge.name for edge in engine.graph.edges_of(kept)),
+        "paper": sorted(PAPER[name].split()) if name in PAPER and ablation == "zero" else None,
+    }
+
+
+def table(found: Sequence[dict[str, Any]]) -> Table:
+    columns = ("program", "ablation", "length", "edges", "structural", "measured", "ACDC", "the paper's")
+    rows = [
+        (
+            case["program"],
+            case["ablation"],
+            str(case["length"]),
+            f"{case['edges']:,}",
+            str(len(case["structural"])),
+            str(len(case["measured"])),
+            compared(case["acdc"], case["measured"]),
+            compared(case["paper"], case["measured"]),
+        )
+        for case in found
+    ]
+    notes = (
+        "measured: patched alone, the edge moves an output of some input by more than 1e-4; corrupted: by what it says for another one.",
+        f"ACDC with the paper's metric for Tracr (mean squared difference of all outputs) at {THRESHOLD:g}, whole inputs first.",
+    )
+    return Table("Circuits of compiled programs", columns, rows, notes)
+
+
+def compared(edges: Sequence[str] | None, measured: Sequence[str]) -> str:
+    """How many edges, and how they differ from those measured."""
+    if edges is None:
+        return "-"
+    more, fewer = len({*edges} - {*measured}), len({*measured} - {*edges})
+    parts = [f"{count} {what}" for count, what in ((more, "without effect"), (fewer, "missing")) if count]
+    return f"{len(edges)} ({', '.join(parts) or 'the same'})"
+
+
+if __name__ == "__main__":
+    main()
