@@ -56,7 +56,7 @@ class Subject:
 
     @cached_property
     def planted(self) -> PlantedModel:
-        return planted_model(seed=3, n_layers=2, n_heads=2)
+        return planted_model(seed=9, n_layers=2, n_heads=2, prompts=3)
 
     @cached_property
     def engine(self) -> Engine:

@@ -93,50 +93,58 @@ class ReferenceForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
 
 class _Layer(nn.Module):
+    """Norms belong to the layer: what an attention or an MLP computes has none inside."""
+
     def __init__(self, layer: ReferenceLayer) -> None:
         super().__init__()
-        self.attention = None if layer.attention is None else _Attention(layer.attention)
-        self.mlp = None if layer.mlp is None else _MLP(layer.mlp)
         self.is_parallel = layer.is_parallel
+        attention, mlp = layer.attention, layer.mlp
+        self.attention = None if attention is None else _Attention(attention)
+        self.attention_norm, self.attention_post_norm = _norms(attention)
+        self.attention_scale = 1.0 if attention is None else attention.scale
+        self.mlp = None if mlp is None else _MLP(mlp)
+        self.mlp_norm, self.mlp_post_norm = _norms(mlp)
+        self.mlp_scale = 1.0 if mlp is None else mlp.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        after = x if self.attention is None else x + self.attention(_normed(self.attention.norm, x))
+        after = x
+        if self.attention is not None:
+            said = self.attention(_normed(self.attention_norm, x))
+            after = x + self.attention_scale * _normed(self.attention_post_norm, said)
         if self.mlp is None:
             return after
-        return after + self.mlp(_normed(self.mlp.norm, x if self.is_parallel else after))
+        said = self.mlp(_normed(self.mlp_norm, x if self.is_parallel else after))
+        return after + self.mlp_scale * _normed(self.mlp_post_norm, said)
 
 
 class _Attention(nn.Module):
     def __init__(self, attention: ReferenceAttention) -> None:
         super().__init__()
-        self.norm = _norm(attention.norm)
-        self.post_norm = _norm(attention.post_norm)
         self.q = _linear(*_heads(attention.q, attention.q_bias))
         self.k = _linear(*_heads(attention.k, attention.k_bias))
         self.v = _linear(*_heads(attention.v, attention.v_bias))
         self.o = _linear(np.concatenate([*attention.o], axis=1), attention.o_bias)
         self.head_dim, self.n_shared = attention.q.shape[1], attention.n_heads // attention.n_kv_heads
-        self.scale, self.is_causal = attention.scale, attention.is_causal
+        self.is_causal = attention.is_causal
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         k, v = k.repeat_interleave(self.n_shared, 1), v.repeat_interleave(self.n_shared, 1)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
-        said: Tensor = self.scale * _normed(self.post_norm, self.o(mixed))
+        said: Tensor = self.o(mixed)
         return said
 
 
 class _MLP(nn.Module):
     def __init__(self, mlp: ReferenceMLP) -> None:
         super().__init__()
-        self.norm, self.post_norm = _norm(mlp.norm), _norm(mlp.post_norm)
         self.up, self.down = _linear(mlp.up, mlp.up_bias), _linear(mlp.down, mlp.down_bias)
         self.gate = None if mlp.gate is None else _linear(mlp.gate, mlp.gate_bias)
-        self.act, self.scale = _ACTS[mlp.act], mlp.scale
+        self.act = _ACTS[mlp.act]
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
-        said: Tensor = self.scale * _normed(self.post_norm, self.down(hidden))
+        said: Tensor = self.down(hidden)
         return said
 
 
@@ -159,6 +167,11 @@ def _norm(norm: ReferenceNorm | None) -> nn.Module | None:
         nn.Parameter(_tensor(part)) for part in (norm.gain, np.zeros_like(norm.gain) if norm.bias is None else norm.bias)
     )
     return layer
+
+
+def _norms(part: ReferenceAttention | ReferenceMLP | None) -> tuple[nn.Module | None, nn.Module | None]:
+    """Before a part and after it."""
+    return (None, None) if part is None else (_norm(part.norm), _norm(part.post_norm))
 
 
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +32,7 @@ CEILING = {False: 1e-9, True: 2e-3}
 """The most effect of any other edge, by whether there are norms."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlantedModel:
     """A model, a task and the circuit that does it.
 
@@ -44,6 +46,11 @@ class PlantedModel:
     circuit: Circuit
     backups: Bool[ndarray, "readers writers"]
     wiring: Wiring
+    settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """The call that makes it again."""
+        return f"planted_model({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
 
     @property
     def graph(self) -> Graph:
@@ -104,6 +111,7 @@ def planted_model(
     >>> [edge.name for edge in planted.circuit.edges]
     ['input->a0.h0<q>', 'input->a0.h0<k>', 'input->a0.h0<v>', 'a0.h0->logits']
     """
+    settings = {name: value for name, value in locals().items() if name == "seed" or value != _DEFAULTS[name]}
     size = _size(n_layers, n_heads, n_kv_heads, norm, mlp, parallel)
     options = Options(looks_up, redundant, interaction, inhibition)
     if mlp == "linear" and (redundant or interaction):
@@ -116,8 +124,11 @@ def planted_model(
     model = Planter(size, wiring, looks_up, rng).model(f"planted-{seed}")
     pairs = _prompts(whole_number("planted model: prompts", prompts, 1), rng, looks_up=looks_up)
     backups = _backups(graph, wiring)
-    planted = PlantedModel(model, pairs, Circuit(graph, wiring.mask(graph)), backups, wiring)
+    planted = PlantedModel(model, pairs, Circuit(graph, wiring.mask(graph)), backups, wiring, settings)
     return _confirmed(planted, has_norms=norm is not None)
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(planted_model).parameters.items()}
 
 
 def _size(n_layers: int, n_heads: int, n_kv_heads: int | None, norm: Any, mlp: Any, parallel: bool) -> Size:
@@ -184,7 +195,7 @@ def _confirmed(planted: PlantedModel, *, has_norms: bool) -> PlantedModel:
     _check_effects(planted, effects, ceiling=CEILING[has_norms])
     shown = np.where(planted.backups, np.asarray(scores) / whole, effects)
     circuit = Circuit(graph, planted.circuit.mask, shown, {"planted": planted.model.name})
-    return PlantedModel(planted.model, planted.pairs, circuit, planted.backups, planted.wiring)
+    return replace(planted, circuit=circuit)
 
 
 def _silenced(planted: PlantedModel) -> list[Float[ndarray, "readers writers"]]:

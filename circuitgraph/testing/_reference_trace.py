@@ -144,8 +144,8 @@ def _attention(attention: ReferenceAttention, path: str) -> Attention:
         k=_projection(attention.k, f"{path}.k"),
         v=_projection(attention.v, f"{path}.v"),
         o=f"{path}.o",
-        norm=_norm(attention.norm, f"{path}.norm"),
-        post_norm=_norm(attention.post_norm, f"{path}.post_norm"),
+        norm=_norm(attention.norm, f"{path}_norm"),
+        post_norm=_norm(attention.post_norm, f"{path}_post_norm"),
         scale=attention.scale,
     )
 
@@ -153,8 +153,8 @@ def _attention(attention: ReferenceAttention, path: str) -> Attention:
 def _mlp(mlp: ReferenceMLP, path: str) -> MLP:
     return MLP(
         modules=(path,),
-        norm=_norm(mlp.norm, f"{path}.norm"),
-        post_norm=_norm(mlp.post_norm, f"{path}.post_norm"),
+        norm=_norm(mlp.norm, f"{path}_norm"),
+        post_norm=_norm(mlp.post_norm, f"{path}_post_norm"),
         scale=mlp.scale,
     )
 
