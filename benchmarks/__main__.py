@@ -34,6 +34,7 @@ SCRIPTS = {
     "discovery-llama-1b": ["discovery", "--models", "llama-1b"],
     "backends": ["backends"],
     "startup": ["startup"],
+    "testing": ["testing"],
     "compiled": ["compiled"],
 }
 PEER = "peer"  # runs only where its environment is given

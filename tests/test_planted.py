@@ -193,3 +193,10 @@ def test_a_perfect_ranking_has_a_perfect_curve_and_auroc(algorithm: Any) -> None
         truth[graph.edge_id(name)] = True
     match = matched(circuit, Circuit(graph, truth))
     assert (match.edges.auroc, match.edges.recall) == (1.0, 1.0)
+
+
+def test_grad_drop_leaves_a_chain_what_has_a_way_around_the_dropped_layer() -> None:
+    """In a chain through both layers only the last head has one. To Kramar et al. that is the price of not cancelling."""
+    engine = planted()
+    nodes, (clean, source) = AttributionPatching(corrections=("grad-drop",)).run(engine).record["nodes"], ends(engine).mean(axis=1)
+    assert nodes == pytest.approx({name: clean - source if name == "a1.h1" else 0.0 for name in nodes}, abs=1e-6)
