@@ -168,9 +168,10 @@ def by_position(rows: Float[ndarray, "distinct writers spans"], spans: Tensor, l
 
 def empty_like(like: Tensor, *shape: int) -> Tensor:
     """A tensor to be filled, of a dtype and device. On a CPU in numpy's memory, for which it asks the system for large pages."""
-    if like.device.type != "cpu":
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size == 0:
         return like.new_empty(shape)
-    return torch.from_numpy(np.empty(math.prod(shape) * like.element_size(), dtype=np.uint8)).view(like.dtype).view(shape)
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def to_tensor(values: Float[ndarray, ...], like: Tensor) -> Tensor:
