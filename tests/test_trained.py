@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from circuitgraph import UnknownNameError, discover
-from circuitgraph._engine import Engine
+from circuitgraph._engine import Engine, TracedModel
 from circuitgraph._tensors import read_tensors
 from circuitgraph.algorithms import ACDC, EAP, EAPIG
 from circuitgraph.evaluation import matched
@@ -22,8 +22,13 @@ FRESH = 20261128  # a seed that neither the training nor its measures used
 
 
 @cache
-def engine(backend: str) -> Engine:
-    return TRAINED.traced(backend).bind(TRAINED.pairs(PROMPTS, FRESH), "logit_diff")
+def engine(backend: str = "torch", prompts: int = PROMPTS) -> Engine:
+    return traced(backend).bind(TRAINED.pairs(prompts, FRESH), "logit_diff")
+
+
+@cache
+def traced(backend: str = "torch") -> TracedModel:
+    return TRAINED.traced(backend)
 
 
 @cache
@@ -75,7 +80,7 @@ def test_unmapped_components_speak_and_nobody_hears() -> None:
     masks[-1] = 0
     for lane, writer in enumerate(unmapped):
         masks[lane, :, graph.writer_id(writer)] = masks[-2, :, graph.writer_id(writer)] = 0
-    *without, whole, nothing = np.asarray(engine("torch").evaluate(masks[[*range(len(unmapped)), -2, -3, -1]])).mean(axis=1)
+    *without, whole, nothing = np.asarray(engine().evaluate(masks[[*range(len(unmapped)), -2, -3, -1]])).mean(axis=1)
     assert np.abs(np.array(without[:-1]) - whole).max() < CEILING * (whole - nothing)
     assert abs(without[-1] - whole) < 2 * CEILING * (whole - nothing)
     said = TRAINED.measured["root mean square of what each says"]
@@ -89,6 +94,20 @@ def test_named_edges_matter_and_no_others() -> None:
     assert max(abs(value) for name, value in found.items() if name not in TRAINED.named | TRAINED.unnamed) < CEILING
 
 
+def test_what_the_named_edges_do_without_the_others() -> None:
+    """Whole components were interchanged, so nothing forbade the edges between mapped ones that no step names; they do a little."""
+    graph = TRAINED.graph
+
+    def mask(names: frozenset[str]) -> np.ndarray:
+        return np.array([[f"{w}->{r}" in names for w in graph.writers] for r in graph.readers])
+
+    named, unnamed = mask(TRAINED.named), mask(TRAINED.unnamed)
+    masks = np.stack([graph.visible, np.zeros(graph.shape), named, graph.visible & ~named, named | unnamed]).astype(np.float32)
+    whole, nothing, alone, complement, among = np.asarray(engine().evaluate(masks)).mean(axis=1)
+    shares = [(value - nothing) / (whole - nothing) for value in (alone, complement, among)]
+    assert shares == pytest.approx([0.95, 0.0, 1.0], abs=0.04)
+
+
 def test_the_measures_on_record_hold() -> None:
     recorded = TRAINED.measured["edges"]
     assert set(recorded["named"]) == TRAINED.named
@@ -99,21 +118,22 @@ def test_the_measures_on_record_hold() -> None:
 
 @pytest.mark.parametrize("algorithm", [EAPIG(), EAPIG("activations")], ids=["inputs", "activations"])
 def test_eap_ig_ranks_named_edges_first(algorithm: EAPIG) -> None:
-    circuit = discover(TRAINED.traced(), TRAINED.pairs(PROMPTS, FRESH), algorithm, metric="logit_diff")
+    circuit = discover(traced(), TRAINED.pairs(PROMPTS, FRESH), algorithm, metric="logit_diff")
     agreement = matched(circuit, TRAINED.circuit).edges
     assert agreement.auroc is not None
     assert agreement.auroc > 0.99
 
 
 def test_acdc_finds_the_named_edges() -> None:
-    circuit = discover(TRAINED.traced(), TRAINED.pairs(PROMPTS, FRESH), ACDC(0.2), metric="kl")
+    circuit = discover(traced(), TRAINED.pairs(PROMPTS, FRESH), ACDC(0.2), metric="kl")
     assert {edge.name for edge in circuit.edges} == TRAINED.named
 
 
 def test_backends_agree() -> None:
     """PyTorch and JAX trace the same folder with no description; the reference has the same weights in numpy."""
-    assert engine("torch").graph == engine("jax").graph == engine("reference").graph
-    scores = {backend: np.asarray(EAP().run(engine(backend)).scores) for backend in ("torch", "jax", "reference")}
+    engines = {backend: engine(backend, prompts=2) for backend in ("torch", "jax", "reference")}
+    assert engines["torch"].graph == engines["jax"].graph == engines["reference"].graph == TRAINED.graph
+    scores = {backend: np.asarray(EAP().run(asked).scores) for backend, asked in engines.items()}
     assert np.allclose(scores["torch"], scores["jax"], atol=1e-4)
     assert np.allclose(scores["torch"], scores["reference"], atol=1e-4)
 

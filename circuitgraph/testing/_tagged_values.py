@@ -30,7 +30,7 @@ class TaggedValues:
 
     >>> task = TaggedValues()
     >>> [task.vocabulary[token] for token in task.prompts(1, seed=0)[0, -3:]]
-    ['tag 5', 'value 7', 'tag 2']
+    ['tag 5', 'value 12', 'tag 1']
     """
 
     tags: int = 6
