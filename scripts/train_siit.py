@@ -1,6 +1,6 @@
 """Trains `circuitgraph.testing.trained_model()` by strict interchange-intervention training (Gupta et al. 2024, arXiv:2407.14494).
 
-    python -m scripts.train_siit            # about three minutes on one thread; the same seed gives the same model
+    python -m scripts.train_siit            # about four minutes on one thread; the same seed gives the same model
     python -m scripts.train_siit --measure  # measures the model that is there again
 
 A high-level model of three steps (`circuitgraph.testing._tagged_values`) is mapped to three components of a Llama. A component is
