@@ -21,3 +21,5 @@ from circuitgraph.testing._reference_parts import ReferenceLayer as ReferenceLay
 from circuitgraph.testing._reference_parts import ReferenceMLP as ReferenceMLP
 from circuitgraph.testing._reference_parts import ReferenceNorm as ReferenceNorm
 from circuitgraph.testing._reference_trace import ReferenceTrace as ReferenceTrace
+from circuitgraph.testing._trained import TrainedModel as TrainedModel
+from circuitgraph.testing._trained import trained_model as trained_model

@@ -1,15 +1,16 @@
-"""A reference model as a Hugging Face module of PyTorch, so that what is traced is what everybody traces."""
+"""A reference model, or a bundled one, as a Hugging Face module of PyTorch, so that what is traced is what everybody traces."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from circuitgraph._architecture import Architecture, AttentionPattern, FeedForward, Projection
@@ -37,6 +38,11 @@ def module_of(model: ReferenceModel) -> ReferenceForCausalLM:
     config = ReferenceConfig(vocab_size=model.vocabulary, hidden_size=model.embedding.shape[1], num_hidden_layers=len(model.layers))
     with torch.random.fork_rng(devices=[]):
         return ReferenceForCausalLM(config, model).double().eval()
+
+
+def module_in(folder: Path) -> Any:
+    """The model of a folder in Hugging Face format, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def architecture_of(model: ReferenceModel) -> Architecture:
