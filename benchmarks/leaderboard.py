@@ -39,7 +39,7 @@ from circuitgraph import (
 from circuitgraph._engine import Algorithm, TracedModel, last_outcome, outcomes
 from circuitgraph.evaluation._agreement import auroc
 from circuitgraph.files import write_bytes
-from circuitgraph.testing import compiled_model, planted_model
+from circuitgraph.testing import compiled_model, planted_model, trained_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "leaderboard.md"
 START, END = "<!-- leaderboard: written by `python -m benchmarks.leaderboard` -->", "<!-- end of leaderboard -->"
@@ -148,6 +148,8 @@ def known_models(seeds: int) -> Iterator[Known]:
             yield Known(kind, planted.traced(), planted.pairs, planted.circuit.mask)
     for name in COMPILED:
         yield compiled(name)
+    trained = trained_model()
+    yield Known("SIIT-trained", trained.traced(), trained.pairs(32), trained.circuit.mask)
 
 
 def compiled(name: str) -> Known:

@@ -119,7 +119,7 @@ def test_a_user_discovers_and_evaluates_it_like_any_model() -> None:
     planted = planted_model(4)
     circuit = discover(planted.traced(), planted.pairs, ACDC(1e-6))
     assert np.array_equal(circuit.mask, planted.circuit.mask)
-    assert evaluate(planted.traced(), planted.pairs, circuit).faithfulness.value == pytest.approx(1, abs=1e-6)
+    assert evaluate(planted.traced(), planted.pairs, circuit).faithfulness == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(

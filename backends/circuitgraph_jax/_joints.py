@@ -5,6 +5,7 @@ Numbers in which layers differ (a window, a scale, rotary frequencies) are array
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from jax import Array
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -244,7 +244,7 @@ def metric_in_other_units_scales_the_scores(subject: Subject) -> None:
         raise NotApplicable("what it decides may depend on the metric's units")
     metric = metric_named(subject.metric)
     before = subject.scores(subject.engine)
-    after = subject.scores(subject.bind(subject.planted.model, subject.planted.pairs, _Scaled(metric, 3.0)))
+    after = subject.scores(subject.bind(subject.planted.model, subject.planted.pairs, cast("Metric", _Scaled(metric, 3.0))))
     factor = 3.0 if np.abs(after).max() > 2 * np.abs(before).max() else 1.0
     _expect_close(subject, after, factor * before, "the scores do not follow the units of the metric", 1e-5)
 
@@ -266,7 +266,8 @@ def silent_edges_score_nothing(subject: Subject) -> None:
         raise NotApplicable("it gives no scores")
     scores = np.abs(np.nan_to_num(np.asarray(subject.outcome.scores)))
     graph, truth = subject.engine.graph, subject.planted.circuit.mask
-    unheard = graph.visible & ~truth.any(axis=1)[:, None]
+    is_heard = np.asarray(truth.any(axis=1))
+    unheard = graph.visible & ~is_heard[:, None]
     worst = float(scores[unheard].max(initial=0.0))
     expect(worst <= subject.tolerance * max(scores.max(), 1e-12), f"an edge into a part that nothing hears scores {worst:.3g}; expected 0")
 
@@ -349,7 +350,7 @@ def bad_settings_are_refused(subject: Subject) -> None:
             getattr(subject.algorithm, field.name), bool
         ):
             try:
-                replace(subject.algorithm, **{field.name: float("nan")})  # type: ignore[type-var]
+                replace(subject.algorithm, **{field.name: float("nan")})
             except CircuitGraphError:
                 continue
             raise Failed(f"{field.name} = nan is accepted")

@@ -35,9 +35,11 @@ def module_of(model: ReferenceModel) -> ReferenceForCausalLM:
         raise CircuitGraphError(f"{model.name}: a module has one input, tokens and positions together; give it splits_input=False")
     if any(layer.attention is not None and layer.attention.rotary_base is not None for layer in model.layers):
         raise CircuitGraphError(f"{model.name}: rotary positions have no module yet")
-    config = ReferenceConfig(vocab_size=model.vocabulary, hidden_size=model.embedding.shape[1], num_hidden_layers=len(model.layers))
+    sizes = {"vocab_size": model.vocabulary, "hidden_size": model.embedding.shape[1], "num_hidden_layers": len(model.layers)}
     with torch.random.fork_rng(devices=[]):
-        return ReferenceForCausalLM(config, model).double().eval()
+        module = ReferenceForCausalLM(ReferenceConfig.from_dict(sizes), model).double()
+    module.train(False)
+    return module
 
 
 def module_in(folder: Path) -> Any:
@@ -66,24 +68,24 @@ def _feed_forward(mlp: ReferenceMLP, path: str) -> FeedForward:
     return FeedForward(whole("up"), f"{path}.down", mlp.act, None if mlp.gate is None else whole("gate"))
 
 
-class ReferenceConfig(PretrainedConfig):  # type: ignore[misc]
+class ReferenceConfig(PretrainedConfig):
     model_type = "circuitgraph_reference"
 
 
-class ReferenceForCausalLM(PreTrainedModel):  # type: ignore[misc]
+class ReferenceForCausalLM(PreTrainedModel):
     """`ReferenceModel` in PyTorch, with the parts' names of the reference."""
 
     config_class = ReferenceConfig
 
     def __init__(self, config: ReferenceConfig, model: ReferenceModel) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(*model.embedding.shape, _weight=_tensor(model.embedding))
-        self.positions = None if model.positions is None else nn.Embedding(*model.positions.shape, _weight=_tensor(model.positions))
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(_tensor(model.embedding), freeze=False)
+        self.positions = None if model.positions is None else nn.Embedding.from_pretrained(_tensor(model.positions), freeze=False)
         self.layers = nn.ModuleList(_Layer(layer) for layer in model.layers)
         self.final_norm = _norm(model.final_norm)
         self.unembedding = _linear(model.unembedding, None)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
     def get_output_embeddings(self) -> nn.Module:

@@ -125,11 +125,9 @@ class Planter:
         feed = self.size.mlp
         assert feed is not None
         act: Activation = _ACTS[feed]
-        up, up_bias = hidden.up, hidden.up_bias
         if feed != "gated":
-            up, up_bias = hidden.gate, hidden.gate_bias
-        gate = {"gate": hidden.gate, "gate_bias": hidden.gate_bias} if feed == "gated" else {}
-        return ReferenceMLP(up, hidden.down, act, up_bias=up_bias, norm=self._norm, **gate)
+            return ReferenceMLP(hidden.gate, hidden.down, act, up_bias=hidden.gate_bias, norm=self._norm)
+        return ReferenceMLP(hidden.up, hidden.down, act, hidden.gate, hidden.up_bias, hidden.gate_bias, norm=self._norm)
 
     def _random_hidden(self) -> _Hidden:
         width = 2 * SYMBOLS
@@ -163,7 +161,8 @@ class Planter:
     def _saying(self, part: Part) -> Vectors:
         """`[symbols, d_model]`: what the code `i` adds to the stream, in the rooms of all edges out of a part."""
         gain = _AGAINST if part.role == "against" else 1.0
-        return gain * np.sum([CODES @ self._room(link) for link in self.wiring.out_of(part.writer)], axis=0)
+        saying: Vectors = gain * np.sum([CODES @ self._room(link) for link in self.wiring.out_of(part.writer)], axis=0)
+        return saying
 
     def _heard(self, reader: Reader) -> Vectors:
         links = self.wiring.into(reader)

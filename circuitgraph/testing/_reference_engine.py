@@ -356,7 +356,8 @@ def _weighted(m: Float[ndarray, "copies some position"], said: Values) -> Stream
     """The sum over the first writers of `m` times what they say."""
     some = said[:, : m.shape[1]]
     if m.shape[2] > 1:
-        return (m[..., None] * some).sum(axis=1)
+        by_position: Stream = (m[..., None] * some).sum(axis=1)
+        return by_position
     vectors = some.reshape(*some.shape[:2], math.prod(some.shape[2:]))
     weighted: Stream = (m.swapaxes(1, 2) @ vectors).reshape(len(some), *some.shape[2:])
     return weighted

@@ -188,7 +188,8 @@ class _Draw:
         value = [INPUT] if role is not None else self._some(self._sayers(code, v))
         ends: list[tuple[Reader, Code, Sequence[Writer]]] = [(v, code, value)]
         if self.options.looks_up:
-            query, key = ([INPUT] if role is not None else self._some(self._sayers(code, end)) for code, end in (("query", q), ("key", k)))
+            query = [INPUT] if role is not None else self._some(self._sayers("query", q))
+            key = [INPUT] if role is not None else self._some(self._sayers("key", k))
             ends = [(q, "query", query), (k, "key", key), *ends]
         self._add(Part(writer, code, role or "copy"), ends)
         if code == "class":
