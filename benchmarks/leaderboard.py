@@ -1,7 +1,7 @@
 """Every algorithm against every model whose circuit is known: the table of `docs/explanation/leaderboard.md`.
 
     python -m benchmarks.leaderboard                                   # writes the page
-    python -m benchmarks.leaderboard --seeds 1 --algorithms eap acdc   # prints some of it
+    python -m benchmarks.leaderboard --seeds 1 --algorithms eap relp   # prints some of it
 
 No figure of a machine: costs are counted, not timed.
 """
@@ -57,7 +57,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "random": Random(),
     "magnitude": Magnitude(),
     "activation-patching": ActivationPatching(),
-    "acdc": ACDC(threshold=1e-3),
+    "acdc, 1e-5": ACDC(threshold=1e-5),
+    "acdc, 0.3": ACDC(threshold=0.3),
     "eap": EAP(),
     "eap-ig": EAPIG(),
     "eap-ig, activations": EAPIG("activations"),

@@ -17,7 +17,7 @@ from circuitgraph import ACDC, EAP, EAPIG, ActivationPatching
 from circuitgraph.testing import check_algorithm, planted_model
 
 MOST_PLANT_SECONDS, MOST_CHECK_SECONDS = 0.2, 60.0
-_ALGORITHMS = {"EAP": EAP(), "EAP-IG": EAPIG(), "ACDC": ACDC(5e-4), "activation patching": ActivationPatching()}
+_ALGORITHMS = {"EAP": EAP(), "EAP-IG": EAPIG(), "ACDC": ACDC(1e-5), "activation patching": ActivationPatching()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

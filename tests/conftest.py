@@ -8,6 +8,7 @@ import os
 # time, on one thread; what it compiles is slower, and the same to rounding. A jaxlib that no longer knows a flag says so and stops.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs it; asked for what is not there, its client tries for long
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as below, for the scripts that tests run: beside another worker a second thread only waits
 
 import gc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -400,7 +401,9 @@ def test_bundled_model_from_a_shell(tmp_path: Path) -> None:
 def test_ctrl_c_from_a_shell(tmp_path: Path) -> None:
     search = ["-a", "ugs", "--set", "n_steps=1000000", "-n", "8"]  # nothing that could be over before it is stopped
     command = [sys.executable, "-m", "circuitgraph.cli", "discover", *ZOO[:3], *search, "-o", "out"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background hands on an ignored SIGINT.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     time.sleep(4.0)
     os.kill(running.pid, signal.SIGINT)
     _, stderr = running.communicate(timeout=60)

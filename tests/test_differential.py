@@ -66,7 +66,7 @@ def expected_gradient(
     return reference.gradient(np.random.default_rng(5).uniform(size=reference.graph.shape), mix=mix)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     family=st.sampled_from(["gpt2", "llama"]),
     metric=st.sampled_from([*metrics, "accuracy"]),

@@ -119,10 +119,10 @@ def agree_on_gradient(both: Pair, mask: np.ndarray, mix: float, dtype: Dtype = "
     agree(got, expected, dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[::2])  # the numbers of a family are compared in float64, below; this is about the dtype
 @settings(max_examples=2, phases=PHASES)
 @given(seed=seeds, kinds=st.permutations(MASKS))
-def test_every_family_in_float32(family: str, seed: int, kinds: list[str]) -> None:
+def test_some_families_in_float32(family: str, seed: int, kinds: list[str]) -> None:
     both = traced(family).bind(pairs_of(seed))
     agree_on_everything(both, [mask_of(kind, seed, both.graph) for kind in kinds[:3]], mix=0.3)
     agree_on_values(both, None)

@@ -144,7 +144,7 @@ def test_a_circuit_by_span_is_evaluated_by_span(found: Circuit) -> None:
     assert found.graph == MODEL.graph.by_span(SPANS)
     assert found.provenance["algorithm"] == {"class": "PerPosition", "algorithm": {"class": "EAP"}}
     assert found.provenance["protocol"]["positions"] == "spans"
-    assert found.provenance["faithfulness"] == 1.0
+    assert found.provenance["faithfulness"] == pytest.approx(1.0)
     chosen = found.top(12)
     report = evaluate(MODEL, SPANNED, chosen)
     by_hand = MODEL.bind(SPANNED, "logit_diff").evaluate(by_span(chosen.mask.astype(float))[None]).mean()

@@ -291,20 +291,38 @@ PLANTED: tuple[Mapping[str, Any], ...] = (
 def planted_circuits_are_found(subject: Subject) -> None:
     """Of planted circuits, without redundancy: one that decides keeps them and nothing else; one that scores ranks them first."""
     for seed, options in enumerate(PLANTED):
-        planted = planted_model(seed, n_layers=2, **options)
-        outcome = subject.run(subject.bind(planted.model, planted.pairs))
-        truth, visible = planted.circuit.mask, planted.graph.visible
-        if subject.decides():
-            wrong = [edge.name for edge in planted.graph.edges_of(outcome.mask != truth)]
-            expect(not wrong, f"{len(wrong)} edges of {planted.model.name} ({dict(options)}) are decided wrongly: {', '.join(wrong[:4])}")
-        elif outcome.scores is None:
-            raise NotApplicable("it neither decides nor scores")
-        else:
-            found = auroc(np.abs(np.nan_to_num(np.asarray(outcome.scores)))[visible], truth[visible])
-            assert found is not None
-            expect(
-                found >= subject.least_auroc, f"AUROC {found:.3f} on {planted.model.name} ({dict(options)}); expected {subject.least_auroc}"
-            )
+        _expect_found(subject, planted_model(seed, n_layers=2, **options))
+
+
+def drawn_circuits_are_found(subject: Subject) -> None:
+    """The same of models without norms that hypothesis draws, a tenth of its profile's examples; what fails shrinks to the smallest."""
+    try:
+        from hypothesis import HealthCheck, given, settings
+    except ImportError:
+        raise NotApplicable("hypothesis is not installed") from None
+    from circuitgraph.testing.strategies import planted_models
+
+    n = max(1, settings().max_examples // 10)
+
+    @settings(max_examples=n, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])
+    @given(planted_models(max_layers=2, max_heads=2, norm=None, looks_up=True))
+    def finds(planted: PlantedModel) -> None:
+        _expect_found(subject, planted)
+
+    finds()
+
+
+def _expect_found(subject: Subject, planted: PlantedModel) -> None:
+    outcome = subject.run(subject.bind(planted.model, planted.pairs))
+    truth, visible = planted.circuit.mask, planted.graph.visible
+    if subject.decides():
+        wrong = [edge.name for edge in planted.graph.edges_of(outcome.mask != truth)]
+        expect(not wrong, f"{len(wrong)} edges of {planted!r} are decided wrongly: {', '.join(wrong[:4])}")
+    elif outcome.scores is None:
+        raise NotApplicable("it neither decides nor scores")
+    else:
+        found = auroc(np.abs(np.nan_to_num(np.asarray(outcome.scores)))[visible], truth[visible])
+        expect(found is None or found >= subject.least_auroc, f"AUROC {found:.3g} on {planted!r}; expected {subject.least_auroc} at least")
 
 
 def order_of_decisions_is_on_record(subject: Subject) -> None:
@@ -376,6 +394,7 @@ CHECKS: Mapping[str, Check] = {
         silent_edges_score_nothing,
         backends_agree,
         planted_circuits_are_found,
+        drawn_circuits_are_found,
         order_of_decisions_is_on_record,
         what_has_no_answer_is_refused,
         bad_settings_are_refused,

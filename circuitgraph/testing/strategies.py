@@ -113,16 +113,16 @@ def tasks() -> st.SearchStrategy[Task]:
     return st.builds(task, words, st.sampled_from(["It is", "We saw"]))
 
 
-def planted_models(**fixed: Any) -> st.SearchStrategy[PlantedModel]:
+def planted_models(*, max_layers: int = 3, max_heads: int = 4, **fixed: Any) -> st.SearchStrategy[PlantedModel]:
     """Planted models of any kind; `fixed` settings of `planted_model` stay as they are. Options that a small model has no room for are not
     drawn."""
 
     @st.composite
     def draw(draw: st.DrawFn) -> PlantedModel:
-        n_heads = fixed.get("n_heads") or draw(st.integers(1, 4))
+        n_heads = fixed.get("n_heads") or draw(st.integers(1, max_heads))
         drawn: dict[str, Any] = {
             "seed": draw(st.integers(0, 99)),
-            "n_layers": draw(st.integers(1, 3)),
+            "n_layers": draw(st.integers(1, max_layers)),
             "n_heads": n_heads,
             "n_kv_heads": draw(st.sampled_from([n for n in (4, 2, 1) if n_heads % n == 0])),
             "norm": draw(st.sampled_from([None, "rms", "layer"])),
