@@ -1,6 +1,6 @@
 """An algorithm of one's own, tested against models whose circuit is known.
 
-In CI: pytest --circuitgraph-check tested_algorithm:HalfwayPatching
+In CI: pytest -p circuitgraph.testing.pytest_plugin --circuitgraph-check tested_algorithm:HalfwayPatching
 """
 
 from dataclasses import dataclass

@@ -266,7 +266,20 @@ good = EAP()
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "mine.py").write_text(PLUGIN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rsf", "--rootdir", str(folder), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "circuitgraph.testing.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-rsf",
+        "--rootdir",
+        str(folder),
+        *arguments,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -1,6 +1,8 @@
-"""A pytest plugin: `pytest --circuitgraph-check my_package:MyAlgorithm` runs the checks of `check_algorithm`, each as a test of its own.
+"""A pytest plugin that runs the checks of `check_algorithm`, each as a test of its own.
 
-pytest loads it in every run of an environment with circuitgraph in it, so it imports the rest only when it is asked for something.
+    pytest -p circuitgraph.testing.pytest_plugin --circuitgraph-check my_package:MyAlgorithm
+
+It is asked for by name: a plugin that comes by itself would import numpy before the conftest of anybody else could say how many threads.
 """
 
 from __future__ import annotations
