@@ -404,9 +404,12 @@ def test_ctrl_c_from_a_shell(tmp_path: Path) -> None:
     # A shell that runs the tests in the background hands on an ignored SIGINT.
     listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
-    time.sleep(4.0)
-    os.kill(running.pid, signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
+    try:
+        time.sleep(4.0)
+        os.kill(running.pid, signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    finally:
+        running.kill()
     # A slow machine is still importing: Python then ends by the signal itself, if that met an exec() of a text, as in making a dataclass,
     # however it was caught. A shell calls both 130.
     assert running.returncode in (130, -signal.SIGINT), stderr
