@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from circuitgraph.testing._planted import PlantedModel, planted_model
 from circuitgraph.testing._planting import VOCABULARY
 from circuitgraph.testing._random_pairs import random_pairs
 from circuitgraph.testing._reference_model import ReferenceModel
-from circuitgraph.testing._transforms import places_of, renamed, reordered, turned
+from circuitgraph.testing._transforms import places_of, renamed, reordered, scaled, turned
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -223,28 +223,13 @@ def clean_source_scores_nothing(subject: Subject) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Scaled:
-    """A metric times a number."""
-
-    metric: Metric
-    by: float
-    name: ClassVar[str] = "scaled"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.metric, name)
-
-    def __call__(self, logits: Any, target: Any) -> Any:
-        return self.by * self.metric(logits, target)
-
-
 def metric_in_other_units_scales_the_scores(subject: Subject) -> None:
     """Three times the metric gives three times the scores, or the same scores."""
     if subject.decides():
         raise NotApplicable("what it decides may depend on the metric's units")
     metric = metric_named(subject.metric)
     before = subject.scores(subject.engine)
-    after = subject.scores(subject.bind(subject.planted.model, subject.planted.pairs, cast("Metric", _Scaled(metric, 3.0))))
+    after = subject.scores(subject.bind(subject.planted.model, subject.planted.pairs, scaled(metric, 3.0)))
     factor = 3.0 if np.abs(after).max() > 2 * np.abs(before).max() else 1.0
     _expect_close(subject, after, factor * before, "the scores do not follow the units of the metric", 1e-5)
 

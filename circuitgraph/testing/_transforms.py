@@ -1,15 +1,16 @@
-"""The same model said otherwise: tokens renamed, heads in another order, the stream turned. What an algorithm finds must follow."""
+"""The same question put otherwise: tokens renamed, heads in another order, the stream turned, another unit. What is found must follow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer
@@ -87,3 +88,23 @@ def places_of(graph: Graph, orders: Sequence[Int[ndarray, " heads"]]) -> tuple[I
     readers = [graph.reader_id(before(reader)) for reader in graph.readers]
     writers = [graph.writer_id(before(writer)) for writer in graph.writers]
     return np.array(readers), np.array(writers)
+
+
+def scaled(metric: Metric, by: float) -> Metric:
+    """A metric in other units."""
+    return cast("Metric", _Scaled(metric, by))
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A metric times a number."""
+
+    metric: Metric
+    by: float
+    name: ClassVar[str] = "scaled"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.metric, name)
+
+    def __call__(self, logits: Any, target: Any) -> Any:
+        return self.by * self.metric(logits, target)
