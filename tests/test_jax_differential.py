@@ -31,7 +31,7 @@ from circuitgraph.testing import ReferenceValues, random_pairs
 
 Dtype = Literal["float32", "float64"]
 FAMILIES = [name for name in families.FAMILIES if name not in ("bloom", "mixtral", "qwen3_moe")]
-TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float64": 1e-9}  # of the largest value
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float64": 1e-8}  # of the largest value; a probability may be a small part of its logits
 LEAST = 1e-6  # below, a metric is what cancellation leaves over: here, Gemma's KL under zero ablation is 3e-9, from logits of order 1
 SHAPE = (12, 12)  # the lengths of a proof's prompts
 MIXED = (6, 3, 6, 3, 6)  # several lengths, in no order; of one as many prompts as are run together, of the other fewer
