@@ -39,6 +39,7 @@ class PlantedModel:
     `model`: the weights, in numpy. `pairs`: prompts of items and a tag, `[tag+class, ..., tag]`, the answer the class of the item with that
     tag; a corrupted prompt has other tags and classes everywhere. `circuit`: the planted edges, scored by the exact effect of patching each
     (a share of `F(1) - F(0)`). `backups`: those among them that do nothing alone, because others say the same.
+    `wiring`: what each part says, and to whom. `settings`: what `planted_model` was told.
     """
 
     model: ReferenceModel
