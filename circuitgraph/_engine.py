@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from circuitgraph._architecture import Architecture
+    from circuitgraph._refinement import Refinement
 
 SourceKind = Literal["corrupted", "zero", "mean", "mean-per-position", "optimal"]
 
@@ -192,6 +193,15 @@ class TracedModel(Protocol):
         ...
 
     def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> Engine: ...
+
+    def refined(self, refinements: Sequence[Refinement]) -> TracedModel:
+        """The same model with some components in parts. Raises `CircuitGraphError` for a dictionary of another width, `UnknownNameError`
+        for a component that is not there."""
+        ...
+
+    def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
+        """What a refinement's dictionary reads in the model's own run, for each clean prompt, then for each corrupted one."""
+        ...
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         """The untouched model's logits after the last token of each clean prompt."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from circuitgraph._divided import Matrices
 from circuitgraph._errors import CircuitGraphError, UnknownNameError, unknown_name
-from circuitgraph._names import Edge, HeadInput, Reader, Writer
+from circuitgraph._names import Component, Edge, HeadInput, PartKind, Reader, Writer
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -36,6 +37,36 @@ class Layer:
     has_mlp: bool = True
     is_parallel: bool = False
     heads_are_coupled: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Into what a refinement divides a component: features or neurons by their numbers, and what is left of it.
+
+    `has_skip`: one part is linear in the component's input; `has_error`: one is the rest. `has_readers`: each feature reads the stream by
+    itself (a transcoder's do), where otherwise all of them are computed from what the component reads.
+    """
+
+    numbers: tuple[int, ...]
+    kind: Literal["feature", "neuron"] = "feature"
+    has_skip: bool = False
+    has_error: bool = True
+    has_readers: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", tuple(sorted(self.numbers)))
+
+    def writers(self, component: Component) -> tuple[Writer, ...]:
+        rest: list[tuple[PartKind, int]] = [("skip", -1)] * self.has_skip
+        rest += [("error", -1)] * self.has_error
+        kinds: list[tuple[PartKind, int]] = [*((self.kind, number) for number in self.numbers), *rest]
+        return tuple(Writer(kind, component.layer, number, part_of=component.kind) for kind, number in kinds)
+
+    def readers(self, component: Component) -> tuple[Reader, ...]:
+        """Those that the refinement adds."""
+        if component.kind == "r":
+            return (Reader("stream", component.layer),)
+        return tuple(Reader("feature", component.layer, number) for number in self.numbers) if self.has_readers else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +164,7 @@ class Graph:
         if parsed in self._reader_ids:
             return self._reader_ids[parsed]
         grouped = [i for i, r in enumerate(self.readers) if r.is_grouped and r.kind == parsed.kind and r.layer == parsed.layer]
-        heads = {w.index for w in self.writers if w.kind == "head" and w.layer == parsed.layer}
+        heads = {r.index for r in self.readers if r.kind == "q" and r.layer == parsed.layer}
         if not parsed.is_grouped and parsed.index in heads and grouped:
             return grouped[parsed.index * len(grouped) // len(heads)]
         raise unknown_name("reader", parsed.name, (r.name for r in self.readers))
@@ -216,7 +247,7 @@ class Graph:
         """The nodes a reader belongs to: itself, or the heads of its group."""
         if not reader.is_grouped:
             return (reader.node,)
-        heads = [*dict.fromkeys(w.node for w in self.writers if w.kind == "head" and w.layer == reader.layer)]
+        heads = [other.node for other in self.readers if other.kind == "q" and other.layer == reader.layer]
         groups = sum(r.kind == reader.kind and r.layer == reader.layer for r in self.readers)
         size = len(heads) // groups
         return tuple(heads[reader.index * size : (reader.index + 1) * size])
@@ -242,6 +273,62 @@ class Graph:
     def spans(self) -> tuple[str, ...]:
         """The spans by which the writers are split, if they are."""
         return tuple(dict.fromkeys(writer.span for writer in self.writers if writer.span))
+
+    def refine(self, component: Component | str, parts: Parts) -> Graph:
+        """The same graph with a component replaced by its parts: the MLP `m3`, the heads of `a3`, or the stream before layer 3, `r3`.
+
+        Parts are ordinary writers, seen by whoever saw the component, and fed by its readers (a transcoder's features by readers of their
+        own). Parts of the stream are seen by all that comes later, instead of what the stream was made of: only `r3` reads that.
+        Raises `UnknownNameError` for a component that is not there, `CircuitGraphError` for one that is refined already.
+
+        >>> from circuitgraph._graph import Layer, Parts, transformer_graph
+        >>> graph = transformer_graph([Layer(n_heads=1, n_kv_heads=1)])
+        >>> print(*graph.refine("m0", Parts((3, 8))).writers)
+        input a0.h0 m0.f3 m0.f8 m0.err
+        >>> [edge.name for edge in graph.refine("r1", Parts((5,))).edges][-4:]
+        ['a0.h0->r1', 'm0->r1', 'r1.f5->logits', 'r1.err->logits']
+        """
+        component = Component.parse(component) if isinstance(component, str) else component
+        self._check_refinable(component, parts)
+        writers, readers = parts.writers(component), parts.readers(component)
+        old = [w for w, writer in enumerate(self.writers) if _is_in(writer, component)]
+        first = old[0] if old else sum(writer < writers[0] for writer in self.writers)
+        row = sum(reader < readers[0] for reader in self.readers) if readers else len(self.readers)
+        matrices = Matrices(self.visible, self.feeds, row, first)
+        if component.kind == "r":
+            visible, feeds = matrices.split(len(writers))
+        elif readers:
+            visible, feeds = matrices.divided_by_reader(len(readers), len(writers))
+        else:
+            visible, feeds = matrices.divided(len(old), len(writers))
+        return Graph(
+            (*self.writers[:first], *writers, *self.writers[first + len(old) :]),
+            (*self.readers[:row], *readers, *self.readers[row:]),
+            visible,
+            feeds,
+        )
+
+    def _check_refinable(self, component: Component, parts: Parts) -> None:
+        if self.spans:
+            raise CircuitGraphError(f"refine {component}: the graph is split by spans; refine it first, then split")
+        if len(set(parts.numbers)) < len(parts.numbers) or not parts.writers(component):
+            raise CircuitGraphError(f"refine {component}: expected features, each once; got {[*parts.numbers]}")
+        if any(writer.component == component for writer in self.writers):
+            raise CircuitGraphError(f"refine {component}: it is refined already; begin with the graph as it was traced")
+        if parts.has_readers and component.kind != "m":
+            raise CircuitGraphError(
+                f"refine {component}: features that read the stream by themselves are a transcoder's, of an MLP such as m0"
+            )
+        layers = {reader.layer for reader in self.readers if reader.layer >= 0}
+        known = [f"r{layer}" for layer in (*sorted(layers), max(layers, default=-1) + 1)]
+        known += [f"{'a' if writer.kind == 'head' else 'm'}{writer.layer}" for writer in self.writers if writer.kind in ("head", "mlp")]
+        if component.name not in known:
+            raise unknown_name("component", component.name, dict.fromkeys(known))
+
+
+def _is_in(writer: Writer, component: Component) -> bool:
+    """Whether a refinement replaces this writer."""
+    return writer.layer == component.layer and (writer.kind, component.kind) in (("head", "a"), ("mlp", "m"))
 
 
 def transformer_graph(layers: Sequence[Layer], *, per_head_kv: bool = False, splits_input: bool = False) -> Graph:

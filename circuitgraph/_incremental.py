@@ -56,7 +56,7 @@ class Incremental:
         self._sites, self._visible = sites, graph.visible
         self._liveness = Liveness(graph)
         heads = np.array([writer.kind == "head" for writer in graph.writers])
-        n_heads = max((layer.n_heads for layer in sites.layers), default=1) or 1
+        n_heads = max((len(layer.attention_writers) for layer in sites.layers), default=1) or 1
         self._work_of_writer = np.where(heads, 1 / n_heads, _MLP_WORK)
         self._share = np.array([0, 1 / length, 1])  # of the positions, by extent
         self._previous: Float[ndarray, "readers writers"] | None = None

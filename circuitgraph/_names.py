@@ -3,6 +3,9 @@
 A model whose token and position embeddings are two writers has `tok` and `pos` in place of `input`.
 With grouped-query attention a reader shared by the heads of group 2 is written `a9.g2<k>`. What a writer says in one span of the prompt
 only is written `a5.h1@S2`.
+
+After a refinement (see `Graph.refine`) an MLP or an attention says `m3.f12`, `m3.f99` (features of a dictionary), `m3.n7` (a neuron),
+`m3.skip` and `m3.err`; so does the residual stream before layer 5, `r5.f12`, whose reader is `r5`.
 """
 
 from __future__ import annotations
@@ -10,31 +13,63 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import Literal
+from typing import Literal, get_args
 
 from circuitgraph._errors import UnknownNameError, near_names
 
-WriterKind = Literal["input", "head", "mlp"]
+PartKind = Literal["feature", "neuron", "skip", "error"]
+WriterKind = Literal["input", "head", "mlp"] | PartKind
 HeadInput = Literal["q", "k", "v"]
-ReaderKind = HeadInput | Literal["mlp", "logits"]
+ReaderKind = HeadInput | Literal["mlp", "feature", "stream", "logits"]
+ComponentKind = Literal["r", "a", "m"]
+
+_ORDER = get_args(Literal["input", "head", "mlp", "feature", "neuron", "skip", "error"])  # of writers at one depth
 
 INPUTS = ("input", "tok", "pos")
 """What the embeddings are called: both together, or those of tokens and those of positions apart."""
 
 _HEAD = re.compile(r"a?(\d+)\.(h|g)?(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?(\d+)", re.IGNORECASE)
+_COMPONENT = re.compile(r"([ram])(\d+)", re.IGNORECASE)
+_PART = re.compile(r"([ram])(\d+)\.(?:([fn])(\d+)|(skip|err))", re.IGNORECASE)
+_LETTERS: dict[str, PartKind] = {"f": "feature", "n": "neuron", "skip": "skip", "err": "error"}
+_SPELLED: dict[str, str] = {kind: letter for letter, kind in _LETTERS.items()}
 _SPAN = re.compile(r"[^\s@<>-]+")
 _HEAD_INPUT = re.compile(r"(a?\d+\.[hg]?\d+)(?:<([qkv])>|\.([qkv]))", re.IGNORECASE)
 _EXPECTED_WRITER = "expected 'input', a head such as 'a5.h1' or an MLP such as 'm3'"
 _EXPECTED_READER = "expected a head's input such as 'a9.h6<q>', an MLP such as 'm3' or 'logits'"
 
 
+@dataclass(frozen=True, slots=True)
+class Component:
+    """What a refinement replaces by its parts: the MLP `m3`, the attention `a3`, or the residual stream before layer 3, `r3`."""
+
+    kind: ComponentKind
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.layer}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, text: str) -> Component:
+        """Read a name. Raises `UnknownNameError`."""
+        if found := _COMPONENT.fullmatch(text.strip()):
+            return cls(found[1].lower(), int(found[2]))  # type: ignore[arg-type]
+        raise UnknownNameError(
+            f"{text!r} is not the name of a component; expected an MLP 'm3', an attention 'a3', or the stream before layer 3, 'r3'"
+        )
+
+
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP.
+    """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP, or a part of a refined component.
 
-    Where the embeddings are two writers, `tok` has index 0 and `pos` index 1.
+    Where the embeddings are two writers, `tok` has index 0 and `pos` index 1. `part_of`: of a part, what it is a part of.
     `span`: only what it adds at the positions of this part of the prompt; all of them if empty.
     """
 
@@ -42,6 +77,7 @@ class Writer:
     layer: int = -1
     index: int = -1
     span: str = ""
+    part_of: ComponentKind | None = None
 
     @property
     def name(self) -> str:
@@ -52,15 +88,27 @@ class Writer:
         """The name without the span."""
         if self.kind == "head":
             return f"a{self.layer}.h{self.index}"
+        if self.part_of is not None:
+            return f"{self.part_of}{self.layer}.{_SPELLED[self.kind]}{'' if self.index < 0 else self.index}"
         return f"m{self.layer}" if self.kind == "mlp" else INPUTS[self.index + 1]
 
     @property
-    def depth(self) -> int:
-        """Its place along the stream: the input 0, the heads of layer `l` at `2l + 1`, its MLP at `2l + 2`."""
-        return 0 if self.kind == "input" else 2 * self.layer + (1 if self.kind == "head" else 2)
+    def component(self) -> Component | None:
+        """Of a part, what was refined."""
+        return None if self.part_of is None else Component(self.part_of, self.layer)
+
+    @property
+    def depth(self) -> float:
+        """Its place along the stream: the input 0, the stream before layer `l` just after `2l`, heads at `2l + 1`, its MLP at `2l + 2`."""
+        if self.kind == "input":
+            return 0
+        return 2 * self.layer + {"r": 0.3, "a": 1, "m": 2}[self.part_of or ("a" if self.kind == "head" else "m")]
+
+    def _key(self) -> tuple[float, int, int]:
+        return (self.depth, _ORDER.index(self.kind), self.index)
 
     def __lt__(self, other: Writer) -> bool:
-        return (self.depth, self.index) < (other.depth, other.index)
+        return self._key() < other._key()
 
     def __str__(self) -> str:
         return self.name
@@ -82,13 +130,17 @@ class Writer:
                     return cls("head", int(head[1]), int(head[3]), span)
             if mlp := _MLP.fullmatch(node):
                 return cls("mlp", int(mlp[1]), span=span)
+            if part := _PART.fullmatch(node):
+                kind = _LETTERS[(part[3] or part[5]).lower()]
+                return cls(kind, int(part[2]), int(part[4] or -1), span, part[1].lower())  # type: ignore[arg-type]
         raise UnknownNameError(f"{text!r} is not the name of a writer; {_meant(text, 'input') or _EXPECTED_WRITER}")
 
 
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Something that takes the residual stream in: a head's `q`, `k` or `v` input, an MLP's input, the logits.
+    """Something that takes the residual stream in: a head's `q`, `k` or `v` input, an MLP's input, the logits; after a refinement, a
+    transcoder's feature (`m3.f12`) or the stream itself (`r5`).
 
     `is_grouped`: the reader serves all heads of a group of grouped-query attention, and `index` is the group's.
     """
@@ -100,23 +152,23 @@ class Reader:
 
     @property
     def name(self) -> str:
-        if self.kind == "logits":
-            return "logits"
-        return f"m{self.layer}" if self.kind == "mlp" else f"{self.node}<{self.kind}>"
+        return f"{self.node}<{self.kind}>" if self.kind in ("q", "k", "v") else self.node
 
     @property
     def node(self) -> str:
         """The name without `<q>`, `<k>` or `<v>`."""
         if self.kind in ("q", "k", "v"):
             return f"a{self.layer}.{'g' if self.is_grouped else 'h'}{self.index}"
-        return self.name
+        if self.kind == "feature":
+            return f"m{self.layer}.f{self.index}"
+        return "logits" if self.kind == "logits" else f"{'r' if self.kind == 'stream' else 'm'}{self.layer}"
 
     @property
     def depth(self) -> float:
         """Its place along the stream, just before the writers computed from it; the logits come last."""
         if self.kind == "logits":
             return float("inf")
-        return 2 * self.layer + (2 if self.kind == "mlp" else 1) - 0.5
+        return 2 * self.layer + {"stream": 0.2, "mlp": 1.5, "feature": 1.5}.get(self.kind, 0.5)
 
     def _key(self) -> tuple[float, int, int]:
         return (self.depth, "qkv".find(self.kind), self.index)
@@ -139,6 +191,10 @@ class Reader:
             return cls("logits")
         if mlp := _MLP.fullmatch(text):
             return cls("mlp", int(mlp[1]))
+        if (found := _COMPONENT.fullmatch(text)) and found[1].lower() == "r":
+            return cls("stream", int(found[2]))
+        if (part := _PART.fullmatch(text)) and part[1].lower() == "m" and part[3] and part[3].lower() == "f":
+            return cls("feature", int(part[2]), int(part[4]))
         if found := _HEAD_INPUT.fullmatch(text):
             head = _HEAD.fullmatch(found[1])
             assert head is not None  # the same pattern

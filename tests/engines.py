@@ -17,9 +17,12 @@ from twins import small_model, twin
 
 import circuitgraph
 from circuitgraph import _plugins
+from circuitgraph._dictionary import Neurons
 from circuitgraph._engine import Engine, TracedModel
 from circuitgraph._errors import unknown_name
-from circuitgraph.testing import ReferenceModel, ReferenceTrace, random_pairs
+from circuitgraph._names import Component
+from circuitgraph._refinement import Refinement
+from circuitgraph.testing import ReferenceModel, ReferenceTrace, random_dictionary, random_pairs
 
 BACKENDS = ("reference", "torch", "jax")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -38,6 +41,42 @@ ONLY_REFERENCE: dict[str, dict[str, Any]] = {
     "mlp only": {"n_heads": 0, "act": "gelu"},
     "without norms": {"norm": None, "act": "identity"},
 }
+
+
+_D_MODEL = 16  # of the small models; their heads together have as many numbers as the stream
+
+
+def _parts(component: str, features: tuple[int, ...], seed: int, **options: Any) -> Refinement:
+    return Refinement(Component.parse(component), random_dictionary(seed, width=_D_MODEL, **options), features)
+
+
+IN_PARTS: dict[str, tuple[str, tuple[Refinement, ...]]] = {
+    "gpt2 in parts": (
+        "gpt2",
+        (
+            _parts("m0", (0, 2, 3), 1, activation="jumprelu"),
+            _parts("a1", (1, 4), 2, reads="attn_z", activation="gated"),
+            _parts("m1", (0, 1, 5), 3, reads="mlp_in", has_skip=True),
+        ),
+    ),
+    "llama in parts": (
+        "llama",
+        (
+            _parts("a0", (0, 1, 2), 4, reads="attn_out", activation="topk"),
+            Refinement(Component("m", 0), Neurons(), (1, 3, 4)),
+            _parts("m1", (2, 3), 5, reads="mlp_normalized", activation="topk"),
+        ),
+    ),
+    "gpt2, the stream in parts": (
+        "gpt2",
+        (
+            _parts("r0", (0, 5), 6, reads="stream", input_norm="layer_norm"),
+            _parts("m0", (1, 2), 7, reads="mlp_stream"),
+            _parts("r2", (1, 3), 8, reads="stream", activation="jumprelu"),
+        ),
+    ),
+}
+"""Models whose components are in parts: every kind of dictionary, of component and of norm somewhere."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +100,8 @@ ROWS = (
     *(Row("reference", family) for family in ("gpt2", "llama", *ONLY_REFERENCE)),
     *(Row("torch", family, tolerance) for family, tolerance in (("gpt2", 1e-9), ("llama", 2e-5))),
     *(Row("jax", family) for family in ("gpt2", "llama")),
+    *(Row("reference", family) for family in IN_PARTS),
+    *(Row("torch", family, 2e-5 if "llama" in family else 1e-9) for family in IN_PARTS),
 )
 
 
@@ -72,6 +113,9 @@ every_engine = pytest.mark.parametrize("row", EXACT, ids=str)
 @cache
 def traced(backend: str, family: str = "gpt2", *, per_head_kv: bool = False) -> TracedModel:
     """A small float64 model, `gpt2` or `llama` with the same weights in every backend, or another one of the reference's."""
+    if family in IN_PARTS:
+        whole, refinements = IN_PARTS[family]
+        return traced(backend, whole, per_head_kv=per_head_kv).refined(refinements)
     if family in ONLY_REFERENCE:
         return ReferenceModel.random(14, **ONLY_REFERENCE[family]).traced(per_head_kv=per_head_kv)
     if backend == "reference":

@@ -16,7 +16,7 @@ from torch.nn import functional
 import circuitgraph_torch
 from circuitgraph._engine import RELP, Rule
 from circuitgraph._errors import CircuitGraphError
-from circuitgraph_torch._joints import MLPJoint
+from circuitgraph_torch._mlp import MLPJoint
 from circuitgraph_torch._rules import RuledModules
 
 MOE = ("mixtral", "qwen3_moe")

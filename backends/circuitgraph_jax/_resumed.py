@@ -37,8 +37,8 @@ class Again(eqx.Module):
     @classmethod
     def of(cls, changed: Extent, sites: Sites) -> Again:
         layers = sites.layers
-        heads = [changed.writers[layer.first_head : layer.first_head + layer.n_heads].any() for layer in layers]
-        mlps = [changed.writers[layer.mlp_writer] if layer.mlp else DEAD for layer in layers]
+        heads = [changed.writers[layer.attention_writers.start : layer.attention_writers.stop].any() for layer in layers]
+        mlps = [changed.writers[layer.mlp_writers.start] if layer.mlp else DEAD for layer in layers]
         return cls(jnp.asarray(np.array(heads, dtype=bool)), jnp.asarray(np.array(mlps, dtype=np.int32)))
 
     @classmethod

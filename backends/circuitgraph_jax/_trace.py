@@ -17,6 +17,7 @@ from circuitgraph._graph import Graph
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
+from circuitgraph._refinement import Refinement
 from circuitgraph._sites import Sites
 from circuitgraph._tensors import tensor
 from circuitgraph_jax._batch import Parts
@@ -76,6 +77,12 @@ class JaxModel:
         """An engine for these prompts. Raises `TaskError` when prompts, metric and model do not fit together."""
         wanted = source if isinstance(source, Source) else Source(source)
         return JaxEngine(self._parts, pairs, metric_named(metric), wanted)
+
+    def refined(self, refinements: Sequence[Refinement]) -> JaxModel:
+        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
+
+    def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
+        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitgraph._sites import Sites
+from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Plan, by_position, to_tensor
 from circuitgraph_torch._collect import Collector, Spans
-from circuitgraph_torch._forward import AttentionStep, MLPStep, Tape
+from circuitgraph_torch._forward import AttentionStep, InputStep, Tape
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
 from circuitgraph_torch._recomputed import Recomputed
 
@@ -43,20 +43,20 @@ class Backward:
         self._stream = torch.zeros_like(spread)
         spread[:, -1:] = grad_logits_input
         self._propagate(tape.logits, spread[None])
-        for number in range(len(self._sites.layers) - 1, -1, -1):
+        n_layers = len(self._sites.layers)
+        self._split_stream(tape.stream.get(n_layers), self._sites.stream, self._sites.stream_writers)
+        for number in range(n_layers - 1, -1, -1):
             if number != tape.rule.dropped_layer:
-                self._layer(number, tape.attention.get(number), tape.mlp.get(number))
+                self._layer(number, tape)
+            elif number in tape.stream:
+                self._stream = torch.zeros_like(self._stream)
 
-    def _layer(self, number: int, attention: AttentionStep | None, mlp: MLPStep | None) -> None:
-        joint, layer = self._joints.layers[number], self._sites.layers[number]
-        heads = range(layer.first_head, layer.first_head + layer.n_heads)
-        grad_heads = self._writer_grads(heads) if joint.is_parallel and attention else None
-        if mlp is not None and layer.mlp is not None:
-            (grad,) = torch.autograd.grad(mlp.written, mlp.x, self._writer_grads([layer.mlp_writer])[0])
-            self._collector.add(layer.mlp, mlp.plan.readers, grad[None])
-            self._propagate(mlp.plan, grad[None])
+    def _layer(self, number: int, tape: Tape) -> None:
+        joint, layer, attention = self._joints.layers[number], self._sites.layers[number], tape.attention.get(number)
+        grad_heads = self._writer_grads(layer.attention_writers) if joint.is_parallel and attention else None
+        self._mlp(tape.mlp.get(number), layer.mlp, layer.mlp_writers)
         if attention is not None and joint.attention is not None and layer.attention is not None:
-            grad_heads = self._writer_grads(heads) if grad_heads is None else grad_heads
+            grad_heads = self._writer_grads(layer.attention_writers) if grad_heads is None else grad_heads
             grad_heads = grad_heads[: attention.n_written]  # where the heads wrote together, they share one
             which = self._live_readers(joint.attention, attention.plan)
             grads = self._reader_grads(joint.attention, attention, grad_heads, which)
@@ -65,6 +65,24 @@ class Backward:
             if self._recomputed is not None:
                 projected = attention.projected.detach()[0]
                 self._recomputed.layer(number, attention.x[0], projected, grad_heads, is_frozen=self._rule.norms == "frozen")
+        self._split_stream(tape.stream.get(number), layer.stream, layer.stream_writers)
+
+    def _mlp(self, step: InputStep | None, site: Site | None, writers: range) -> None:
+        if step is None or site is None:
+            return
+        (grad,) = torch.autograd.grad(step.written, step.x, self._writer_grads(writers)[: step.n_written])
+        grads = grad if grad.dim() == 4 else grad[None]
+        self._collector.add(site, step.plan.readers, grads)
+        self._propagate(step.plan, _sum_by_row(step.plan, grads, np.arange(len(grads))))
+
+    def _split_stream(self, step: InputStep | None, site: Site | None, writers: range) -> None:
+        """Where the stream was refined, what came before is heard by one reader only."""
+        if step is None or site is None:
+            return
+        (grad,) = torch.autograd.grad(step.written, step.x, self._writer_grads(writers)[: step.n_written])
+        self._stream = torch.zeros_like(self._stream)
+        self._collector.add(site, step.plan.readers, grad[None])
+        self._propagate(step.plan, grad[None])
 
     def _live_readers(self, joint: AttentionJoint, plan: Plan) -> Int[ndarray, " some"]:
         """Which of the plan's readers get a gradient: with frozen patterns only values do, on which no pattern depends."""
@@ -109,7 +127,7 @@ class Backward:
             coefficients = by_position(rows, self._spans.index, grads).transpose(1, 2)
             seen.flatten(1, 2).add_(torch.bmm(coefficients, grads.flatten(1, 2).transpose(0, 1)).transpose(0, 1))
 
-    def _writer_grads(self, writers: range | list[int]) -> Tensor:
+    def _writer_grads(self, writers: range) -> Tensor:
         """`[some, prompts, position, d_model]`."""
         grads = self._stream.expand(len(writers), *self._stream.shape)
         return grads if self._corrections is None else grads + self._corrections[writers[0] : writers[-1] + 1]

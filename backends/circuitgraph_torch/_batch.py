@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
+from circuitgraph._errors import CircuitGraphError
 from circuitgraph._incremental import Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
@@ -60,6 +61,14 @@ class Parts:
     def embed(self, ids: Int[ndarray, "prompts position"]) -> Tensor:
         """What the first block receives."""
         return block_input(self.model, self.architecture.blocks[0].path, torch.from_numpy(ids).to(self.device))
+
+    def check_heads(self) -> None:
+        """Raises `CircuitGraphError` where an attention is refined, whose heads a rule asks for."""
+        refined = [writer.component for writer in self.sites.graph.writers if writer.part_of == "a"]
+        if refined:
+            raise CircuitGraphError(
+                f"gradient: {refined[0]} is refined, so no single head of it can be patched; use a rule with patterns 'exact'"
+            )
 
     @property
     def longest(self) -> int:
@@ -118,8 +127,9 @@ class Batch:
         self.__dict__.pop("_input", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        """From a run that is kept, where that is less work. (In half precision never: what it hears would be rounded with every move.)"""
-        if len(masks) == 0 or masks.ndim == 4 or self._input.element_size() < 4:
+        """From a run that is kept, where that is less work. (In half precision never: what it hears would be rounded with every move. Nor
+        is a run with refined components kept yet.)"""
+        if len(masks) == 0 or masks.ndim == 4 or self._input.element_size() < 4 or self._parts.sites.is_refined:
             return self._fresh(masks, source)
         kept, plan = self._planned(masks, source)
         if not plan.parts:
@@ -172,8 +182,9 @@ class Batch:
 
     @property
     def _widest(self) -> int:
-        """How many readers an attention has at most."""
-        return max((layer.attention.stop - layer.attention.first for layer in self._parts.sites.layers if layer.attention), default=1)
+        """How many readers an attention, or a refined MLP, has at most."""
+        sites = [site for layer in self._parts.sites.layers for site in (layer.attention, layer.mlp) if site]
+        return max((site.stop - site.first for site in sites), default=1)
 
     def _lanes_from(self, start: int, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         sites = self._parts.sites
@@ -224,6 +235,7 @@ class Batch:
         scores = EdgeScores(self._parts.sites, differences, spans)
         recomputed = None
         if rule.patterns == "recomputed":
+            self._parts.check_heads()
             recomputed = Recomputed(
                 self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, self._parts.budget.lanes
             )
@@ -232,8 +244,9 @@ class Batch:
 
     def source_gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts writers d_model"]:
         """The gradient in a vector that is added to what each writer says in the source run."""
-        tape, spans = Tape(), self._by_span(mask)
+        tape, spans, visible = Tape(), self._by_span(mask), self._parts.sites.graph.visible
         x, _ = self._from_the_input(mask, source, self._input, tape)
+        mask = np.where(visible if mask.ndim == 2 else visible[..., None], mask, 1)
         grads = SourceGrads(self._parts.sites, mask, self._input, spans)
         self._backward(tape, x[0], grads, spans, None)
         return grads.grads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,10 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from circuitgraph._engine import EXACT, Rule
-from circuitgraph._sites import LayerSites, Site, Sites
+from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Bank, NoBank, Plan
 from circuitgraph_torch._calls import AttentionCall
-from circuitgraph_torch._joints import AttentionJoint, ModelJoints
+from circuitgraph_torch._joints import AttentionJoint, LayerJoints, ModelJoints
+from circuitgraph_torch._splits import OutputSplit
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -28,37 +29,45 @@ if TYPE_CHECKING:
 class SourceRun:
     """What the writers said in the source run: `values` broadcasts to `[writers, prompts, position, d_model]`.
 
-    `before_attention`, `before_mlp` and `end` are the sums that readers would see there: before each layer's attention, before its MLP, at
-    the end. They are added up when the first reader falls back to them, which none does at `m = 1`.
+    `heard(site)` is the sum that readers of a site would see there. The sums are made when the first reader falls back to them, which none
+    does at `m = 1`. `stream(layer)` is that before a layer, and the stream after the last one.
     """
 
     values: Tensor
     joints: ModelJoints
     sites: Sites
 
-    def before_attention(self, layer: int) -> Tensor:
-        return self._streams[0][layer]
+    def heard(self, site: Site) -> Tensor:
+        return self._streams[0][site.first]
 
-    def before_mlp(self, layer: int) -> Tensor:
+    def stream(self, layer: int) -> Tensor:
         return self._streams[1][layer]
 
-    @property
-    def end(self) -> Tensor:
-        return self._streams[2]
-
     @cached_property
-    def _streams(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        stream, before_attention, before_mlp = self.values[0], [], []
+    def _streams(self) -> tuple[dict[int, Tensor], list[Tensor]]:
+        heard: dict[int, Tensor] = {}
+        stream, streams = self.values[0], []
         for layer, joint in zip(self.sites.layers, self.joints.layers, strict=True):
-            before_attention.append(stream)
-            if layer.n_heads:
-                stream = stream + self.values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
-            if joint.attention is not None and joint.attention.constant is not None:
-                stream = stream + joint.attention.constant
-            before_mlp.append(before_attention[-1] if joint.is_parallel else stream)
-            if layer.mlp:
-                stream = stream + self.values[layer.mlp_writer]
-        return before_attention, before_mlp, stream
+            streams.append(stream)
+            stream = self._split(stream, layer.stream, layer.stream_writers, joint.splits.stream, heard)
+            entering = stream
+            if layer.attention is not None:
+                heard[layer.attention.first] = stream
+                stream = _added(stream, self.values[_slice(layer.attention_writers)].sum(0), joint.attention_constant)
+            if layer.mlp is not None:
+                heard[layer.mlp.first] = entering if joint.is_parallel else stream
+                stream = _added(stream, self.values[_slice(layer.mlp_writers)].sum(0), joint.mlp_constant)
+        streams.append(stream)
+        stream = self._split(stream, self.sites.stream, self.sites.stream_writers, self.joints.stream, heard)
+        heard[self.sites.logits.first] = stream
+        return heard, streams
+
+    def _split(self, stream: Tensor, site: Site | None, writers: range, split: OutputSplit | None, heard: dict[int, Tensor]) -> Tensor:
+        """The stream that goes on where it is refined."""
+        if site is None or split is None:
+            return stream
+        heard[site.first] = stream
+        return _added(self.values[_slice(writers)].sum(0), split.constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +91,14 @@ class AttentionStep:
 
 
 @dataclass(frozen=True, eq=False)
-class MLPStep:
+class InputStep:
+    """An MLP, or a split of the stream, on the tape: its input `x` (a leaf), `[prompts, position, d_model]`, or where each reader has one
+    of its own `[readers, prompts, position, d_model]`; and where the gradient of what was written starts, `[written, ...]`."""
+
     plan: Plan
     x: Tensor
     written: GradientEdge
+    n_written: int
 
 
 @dataclass(eq=False)
@@ -94,7 +107,8 @@ class Tape:
 
     rule: Rule = EXACT
     attention: dict[int, AttentionStep] = field(default_factory=dict)
-    mlp: dict[int, MLPStep] = field(default_factory=dict)
+    mlp: dict[int, InputStep] = field(default_factory=dict)
+    stream: dict[int, InputStep] = field(default_factory=dict)
     logits: Plan | None = None
 
 
@@ -122,15 +136,17 @@ class Forward:
     def run(self, bank: Bank | NoBank, stream: Tensor, start: int) -> Tensor:
         """The inputs of the logits, `[lanes, prompts, position, d_model]`."""
         self._bank = bank
-        for number in range(start, len(self._sites.layers)):
+        n_layers = len(self._sites.layers)
+        for number in range(start, n_layers):
             self._streams.append(stream)
             stream = self._layer(number, stream)
         self._streams.append(stream)
+        stream = self._split_stream(n_layers, self._joints.stream, self._sites.stream, self._sites.stream_writers, stream)
         site = self._sites.logits
         plan = self._plan(site)
         if self._tape is not None:
             self._tape.logits = plan
-        return self._read(plan, stream, lambda: self._source.end)[:, 0]
+        return self._read(plan, stream, site)[:, 0]
 
     @property
     def streams(self) -> tuple[Tensor, ...]:
@@ -139,20 +155,21 @@ class Forward:
 
     def _layer(self, number: int, before: Tensor) -> Tensor:
         joint, layer = self._joints.layers[number], self._sites.layers[number]
+        before = self._split_stream(number, joint.splits.stream, layer.stream, layer.stream_writers, before)
         after = before
-        if joint.attention is not None:
-            after = self._attention(number, layer, joint.attention, before)
+        if joint.attention is not None and layer.attention is not None:
+            after = self._attention(number, layer.attention, layer.attention_writers, joint, before)
         if joint.mlp is not None and layer.mlp is not None:
-            after = self._mlp(number, layer.mlp, layer.mlp_writer, before if joint.is_parallel else after, after)
+            after = self._mlp(number, layer.mlp, layer.mlp_writers, joint, before if joint.is_parallel else after, after)
         return after
 
-    def _attention(self, number: int, layer: LayerSites, joint: AttentionJoint, stream: Tensor) -> Tensor:
-        assert layer.attention is not None
-        heads = np.arange(layer.first_head, layer.first_head + layer.n_heads)
-        alive = heads[self._bank.computed[heads]]
-        plan = self._plan(layer.attention)
+    def _attention(self, number: int, site: Site, ids: range, joints: LayerJoints, stream: Tensor) -> Tensor:
+        joint, split = joints.attention, joints.splits.attention
+        assert joint is not None
+        writers, alive = self._alive(ids)
         if len(alive):
-            x = self._read(plan, stream, lambda: self._source.before_attention(number))
+            plan = self._plan(site)
+            x = self._read(plan, stream, site)
             projected = self._project(joint, plan, x)
             with torch.set_grad_enabled(self._tape is not None):
                 projected.requires_grad_(self._tape is not None)
@@ -162,17 +179,17 @@ class Forward:
                 is_frozen = self._tape is not None and self._tape.rule.norms == "frozen"
                 if self._tape is not None:
                     joint.check_rule(self._tape.rule)
-                if self._bank.keeps:
-                    written = joint.write(mixed, [*(alive - layer.first_head)], is_frozen=is_frozen)
-                else:
+                if not self._bank.keeps and split is None:
                     written = joint.write_together(mixed, is_frozen=is_frozen)
+                elif split is None:
+                    written = joint.write(mixed, [*(alive - ids.start)], is_frozen=is_frozen)
+                else:
+                    written = self._kept(split(joint, mixed, is_frozen=is_frozen), alive - ids.start)
             if self._tape is not None:
                 self._tape.attention[number] = AttentionStep(plan, x[0], projected, get_gradient_edge(written), len(written))
             stream = self._add(stream, alive, written.detach())
-        stream = self._add_sources(stream, np.setdiff1d(heads, alive))
-        if joint.constant is not None:
-            stream = stream + joint.constant
-        return stream
+        stream = self._add_sources(stream, np.setdiff1d(writers, alive))
+        return _added(stream, joints.attention_constant)
 
     def _project(self, joint: AttentionJoint, plan: Plan, x: Tensor) -> Tensor:
         """`[lanes, distinct, prompts, position, d_model]` to `[lanes, prompts, position, readers * head_dim]`; zeros where not needed."""
@@ -186,28 +203,67 @@ class Forward:
             out[..., index, :] = projected.unflatten(-1, (len(members), joint.head_dim))
         return out.flatten(-2)
 
-    def _mlp(self, number: int, site: Site, writer: int, stream: Tensor, after: Tensor) -> Tensor:
-        joint = self._joints.layers[number].mlp
+    def _mlp(self, number: int, site: Site, ids: range, joints: LayerJoints, stream: Tensor, after: Tensor) -> Tensor:
+        joint, split = joints.mlp, joints.splits.mlp
         assert joint is not None
-        if not self._bank.computed[writer]:
-            return self._add_sources(after, np.array([writer]))
-        plan = self._plan(site)
-        x = self._read(plan, stream, lambda: self._source.before_mlp(number))[:, 0].flatten(0, 1)
-        with torch.set_grad_enabled(self._tape is not None):
-            x = x.detach().requires_grad_(self._tape is not None)
-            written = joint(x) if self._tape is None else joint(x, self._tape.rule)
-        if self._tape is not None:
-            self._tape.mlp[number] = MLPStep(plan, x, get_gradient_edge(written))
-        return self._add(after, np.array([writer]), written.detach()[None])
+        writers, alive = self._alive(ids)
+        if len(alive):
+            plan = self._plan(site)
+            x = self._read(plan, stream, site).transpose(0, 1).flatten(1, 2)  # [distinct, lanes * prompts, position, d_model]
+            has_own = split is not None and split.has_readers and self._tape is not None
+            x = x[torch.from_numpy(plan.row_of).to(x.device)] if has_own else x if split is not None else x[0]
+            rule = EXACT if self._tape is None else self._tape.rule
+            with torch.set_grad_enabled(self._tape is not None):
+                x = x.detach().requires_grad_(self._tape is not None)
+                if split is None:
+                    written = joint(x, rule)[None]
+                else:
+                    written = self._kept(split(joint, x, plan, rule), alive - ids.start)
+            if self._tape is not None:
+                self._tape.mlp[number] = InputStep(plan, x, get_gradient_edge(written), len(written))
+            after = self._add(after, alive, written.detach())
+        after = self._add_sources(after, np.setdiff1d(writers, alive))
+        return _added(after, joints.mlp_constant)
+
+    def _split_stream(self, number: int, split: OutputSplit | None, site: Site | None, ids: range, stream: Tensor) -> Tensor:
+        """The stream that goes on where it is refined: its parts and a constant."""
+        if split is None or site is None:
+            return stream
+        writers, alive = self._alive(ids)
+        after = torch.zeros_like(stream)
+        if len(alive):
+            plan = self._plan(site)
+            x = self._read(plan, stream, site)[:, 0].flatten(0, 1)
+            with torch.set_grad_enabled(self._tape is not None):
+                x = x.detach().requires_grad_(self._tape is not None)
+                written = self._kept(split(x, x), alive - ids.start)
+            if self._tape is not None:
+                self._tape.stream[number] = InputStep(plan, x, get_gradient_edge(written), len(written))
+            after = self._add(after, alive, written.detach())
+        after = self._add_sources(after, np.setdiff1d(writers, alive))
+        return _added(after, split.constant)
+
+    def _alive(self, ids: range) -> tuple[Int[ndarray, " some"], Int[ndarray, " some"]]:
+        """Some writers, and those of them that are needed."""
+        writers = np.arange(ids.start, ids.stop)
+        return writers, writers[self._bank.computed[writers]]
+
+    def _kept(self, written: Tensor, chosen: Int[ndarray, " some"]) -> Tensor:
+        """What the chosen parts write, or all together where nobody asks for one of them."""
+        if not self._bank.keeps:
+            return written.sum(0, keepdim=True)
+        return written if len(chosen) == len(written) else written[torch.from_numpy(chosen).to(written.device)]
 
     def _plan(self, site: Site) -> Plan:
         readers = np.flatnonzero(self._needed[site.first : site.stop])
         mask = self._masks[:, site.first : site.stop, : site.n_visible]
-        return Plan.of(mask, readers, self._bank.computed[: site.n_visible])
+        computed = self._bank.computed[: site.n_visible].copy()
+        computed[: site.first_visible] = False
+        return Plan.of(mask, readers, computed)
 
-    def _read(self, plan: Plan, stream: Tensor, source: Callable[[], Tensor]) -> Tensor:
+    def _read(self, plan: Plan, stream: Tensor, site: Site) -> Tensor:
         mixed = self._bank.mix(plan)
-        base = stream[:, None] if plan.from_live else source().expand(stream.shape[1:])[None, None]
+        base = stream[:, None] if plan.from_live else self._source.heard(site).expand(stream.shape[1:])[None, None]
         if mixed is not None:
             return mixed.add_(base)
         lanes = len(self._masks)
@@ -228,3 +284,14 @@ class Forward:
         for writer in writers:
             stream = stream + self._source.values[int(writer)]
         return stream
+
+
+def _added(stream: Tensor, *further: Tensor | None) -> Tensor:
+    """The stream with what is there added."""
+    for vectors in further:
+        stream = stream if vectors is None else stream + vectors
+    return stream
+
+
+def _slice(ids: range) -> slice:
+    return slice(ids.start, ids.stop)

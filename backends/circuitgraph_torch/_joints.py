@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from circuitgraph._architecture import MLP, Architecture, Attention, Projection
-from circuitgraph._engine import EXACT, Rule
+from circuitgraph._architecture import Architecture, Attention, Projection
+from circuitgraph._dictionary import Neurons
+from circuitgraph._engine import Rule
 from circuitgraph._errors import CircuitGraphError, TraceError
+from circuitgraph._refinement import Refinement
+from circuitgraph_torch._affine import affine
 from circuitgraph_torch._calls import AttentionCall
-from circuitgraph_torch._norms import NormJoint
-from circuitgraph_torch._rules import RuledModules, run
+from circuitgraph_torch._mlp import MLPJoint
+from circuitgraph_torch._norms import NormJoint, norms_in
+from circuitgraph_torch._splits import AttentionSplit, MLPSplit, NeuronSplit, OutputSplit, Splits
 from circuitgraph_torch._twin import twin
 
 
@@ -37,7 +41,7 @@ class AttentionJoint:
         self.n_readers = self.n_heads * 3 if self.kv_per_head else self.n_heads + 2 * self.n_groups
         self.first_value = (self.n_heads + self.n_readers) // 2
         self.couples_heads = attention.couples_heads
-        self._inner_norms = _norms_in(model, attention.path)
+        self._inner_norms = norms_in(model, attention.path)
         self._load_weights(model, attention, d_model)
         self._make_twin(model, attention, d_model)
 
@@ -143,40 +147,6 @@ class AttentionJoint:
         return None if bias is None else bias.detach() * self.scale
 
 
-class MLPJoint:
-    """An MLP from the stream to what it adds to it."""
-
-    def __init__(self, model: nn.Module, mlp: MLP) -> None:
-        self.norm = NormJoint.of(model, mlp.norm)
-        self._post_norm = NormJoint.of(model, mlp.post_norm)
-        self._paths = mlp.modules
-        self._modules = [model.get_submodule(path) for path in mlp.modules]
-        self._scale = mlp.scale
-        self._inner_norms = [path for root in mlp.modules for path in _norms_in(model, root)]
-        self._ruled: dict[tuple[str, str], RuledModules] = {}
-
-    def __call__(self, x: Tensor, rule: Rule = EXACT) -> Tensor:
-        """`[prompts, position, d_model]` to the same. Going back from there is by the rule."""
-        is_frozen = rule.norms == "frozen"
-        y = x if self.norm is None else self.norm(x, is_frozen=is_frozen)
-        y = run(self._modules, y) if rule == EXACT else self._run(y, rule)
-        y = y if self._post_norm is None else self._post_norm(y, is_frozen=is_frozen)
-        return y if self._scale == 1.0 else y * self._scale
-
-    def _run(self, x: Tensor, rule: Rule) -> Tensor:
-        if rule.norms == "frozen" and self._inner_norms:
-            raise CircuitGraphError(
-                f"gradient: {self._inner_norms[0]} is a norm inside an MLP, whose scale this engine cannot freeze; "
-                f"use a rule with norms 'exact'"
-            )
-        key = rule.activations, rule.gates
-        if key == ("exact", "exact"):
-            return run(self._modules, x)
-        if key not in self._ruled:
-            self._ruled[key] = RuledModules([*zip(self._paths, self._modules, strict=True)], rule)
-        return self._ruled[key](x)
-
-
 class LogitsJoint:
     """The final norm and the unembedding."""
 
@@ -205,12 +175,49 @@ class LayerJoints:
     attention: AttentionJoint | None
     mlp: MLPJoint | None
     is_parallel: bool
+    splits: Splits = field(default_factory=Splits)
+
+    @property
+    def attention_constant(self) -> Tensor | None:
+        """What the attention adds to the stream that belongs to no writer, `[d_model]`."""
+        whole = self.splits.attention or self.attention
+        return None if whole is None else whole.constant
+
+    @property
+    def mlp_constant(self) -> Tensor | None:
+        """The same of the MLP: nothing, unless it is refined."""
+        return None if self.splits.mlp is None else self.splits.mlp.constant
+
+    def refined(self, refinement: Refinement, like: Tensor) -> LayerJoints:
+        """With one component in parts."""
+        if refinement.component.kind == "r":
+            return replace(self, splits=replace(self.splits, stream=OutputSplit.of(refinement, like)))
+        if refinement.component.kind == "a":
+            assert self.attention is not None  # the graph has it
+            return replace(self, splits=replace(self.splits, attention=AttentionSplit.of(refinement, self.attention)))
+        assert self.mlp is not None
+        split = NeuronSplit if isinstance(refinement.dictionary, Neurons) else MLPSplit
+        return replace(self, splits=replace(self.splits, mlp=split.of(refinement, self.mlp)))
 
 
 @dataclass(frozen=True)
 class ModelJoints:
+    """`stream`: of the stream after the last layer, where that is refined."""
+
     layers: tuple[LayerJoints, ...]
     logits: LogitsJoint
+    stream: OutputSplit | None = None
+
+    def refined(self, refinements: Sequence[Refinement], like: Tensor) -> ModelJoints:
+        """With some components in parts; `like`: a tensor of the stream's dtype, on its device."""
+        layers, stream = [*self.layers], self.stream
+        for refinement in refinements:
+            number = refinement.component.layer
+            if number == len(layers):
+                stream = OutputSplit.of(refinement, like)
+            else:
+                layers[number] = layers[number].refined(refinement, like)
+        return replace(self, layers=tuple(layers), stream=stream)
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture, *, per_head_kv: bool) -> ModelJoints:
@@ -222,36 +229,10 @@ class ModelJoints:
             return cls(tuple(layer(block) for block in architecture.blocks), LogitsJoint(model, architecture))
 
 
-def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight `[out, in]` and bias `[out]` of a module that computes `x @ W.T + b`. Which way round its weight lies is tried out."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-        for matrix in (weight.detach(), weight.detach().T):
-            if (bias is None or len(bias) == len(matrix)) and _computes(module, matrix, bias):
-                return matrix, None if bias is None else bias.detach()
-    raise TraceError(f"{type(module).__name__} is not a plain linear layer; merge adapters or dequantise the model before tracing")
-
-
-def _computes(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> bool:
-    x = torch.linspace(-1, 1, matrix.shape[1], device=matrix.device).to(matrix.dtype).sin()[None]
-    try:
-        got = module(x)
-    except RuntimeError:
-        return False  # the other way round: the widths do not fit
-    expected = functional.linear(x, matrix, bias)
-    return got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-2, atol=1e-3)
-
-
 def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Tensor]:
     weight, bias = affine(model.get_submodule(projection.path))
     features = torch.tensor([[*projection.features(head)] for head in range(projection.n_heads)], device=weight.device)
     return weight[features], weight.new_zeros(features.shape) if bias is None else bias[features]
-
-
-def _norms_in(model: nn.Module, path: str) -> list[str]:
-    """Submodules that call themselves norms. Names lie, but here they only decide whether a rule is refused."""
-    inside = model.get_submodule(path).named_modules(prefix=path)
-    return [name for name, module in inside if "norm" in type(module).__name__.lower()]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from circuitgraph_torch._bank import to_tensor
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._changes import Changes
 from circuitgraph_torch._forward import LiveRun, SourceRun
-from circuitgraph_torch._joints import AttentionJoint, MLPJoint, ModelJoints
+from circuitgraph_torch._joints import AttentionJoint, ModelJoints
+from circuitgraph_torch._mlp import MLPJoint
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -28,7 +29,7 @@ _FEW = 8  # writers
 
 
 class KeptRun:
-    """At first the model's own run.
+    """At first the model's own run. Of models whose components are not refined.
 
     `heard`: each reader's input, `[prompts, position, d_model]`, one tensor for readers that hear the same. `said`: what each writer said,
     `[writers, prompts, position, d_model]`, and `differences` the same less the source.
@@ -75,13 +76,8 @@ class KeptRun:
     @cached_property
     def sourced(self) -> list[Tensor]:
         """What every reader hears in the source run."""
-        heard: list[Tensor] = []
-        for number, layer in enumerate(self.sites.layers):
-            if layer.attention is not None:
-                heard += [self._source.before_attention(number)] * (layer.attention.stop - layer.attention.first)
-            if layer.mlp is not None:
-                heard.append(self._source.before_mlp(number))
-        return [*heard, self._source.end]
+        sites = [site for layer in self.sites.layers for site in (layer.attention, layer.mlp) if site is not None]
+        return [self._source.heard(site) for site in (*sites, self.sites.logits) for _ in range(site.first, site.stop)]
 
     def projected(self, number: int) -> Tensor:
         """What the readers of a layer's attention say to it, `[prompts, position, readers * head_dim]`."""
@@ -144,13 +140,13 @@ class _Lanes:
             if joint.attention is not None and layer.attention is not None:
                 self._attention(number, joint.attention, layer, layer.attention)
             if joint.mlp is not None and layer.mlp is not None:
-                self._mlp(joint.mlp, layer.mlp, layer.mlp_writer)
+                self._mlp(joint.mlp, layer.mlp, layer.mlp_writers.start)
         for _, x in self._read(kept.sites.logits, LAST):
             return x
         return kept.heard[-1][:, -1:].expand(len(self._masks), *(-1,) * 3)
 
     def _attention(self, number: int, joint: AttentionJoint, layer: LayerSites, site: Site) -> None:
-        kept, heads = self._kept, slice(layer.first_head, layer.first_head + layer.n_heads)
+        kept, heads = self._kept, slice(layer.attention_writers.start, layer.attention_writers.stop)
         if not self._changed.readers[site.first : site.stop].any():
             return
         projected = kept.projected(number).unflatten(-1, (joint.n_readers, -1)).repeat(len(self._masks), 1, 1, 1, 1)
@@ -164,7 +160,7 @@ class _Lanes:
             chosen = np.flatnonzero(self._changed.writers[heads] == level)
             if len(chosen):
                 written = joint.write(mixed[:, kept.positions(level)], chosen.tolist())
-                self._say(chosen + layer.first_head, level, written)
+                self._say(chosen + heads.start, level, written)
 
     def _mlp(self, joint: MLPJoint, site: Site, writer: int) -> None:
         level = int(self._changed.writers[writer])
@@ -238,7 +234,7 @@ def _heard(joints: ModelJoints, sites: Sites, live: LiveRun) -> list[Tensor]:
         if layer.mlp is not None:
             after = stream
             if not joint.is_parallel and joint.attention is not None:
-                after = stream + live.values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
+                after = stream + live.values[layer.attention_writers.start : layer.attention_writers.stop].sum(0)
                 after = after if joint.attention.constant is None else after + joint.attention.constant
             heard.append(after)
     return [*heard, live.streams[-1]]

@@ -58,6 +58,12 @@ class NormJoint:
         return centred * (scale * self.gain)
 
 
+def norms_in(model: nn.Module, path: str) -> list[str]:
+    """Submodules that call themselves norms. Names lie, but here they only decide whether a rule is refused."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return [name for name, module in inside if "norm" in type(module).__name__.lower()]
+
+
 class _Frozen(torch.autograd.Function):
     """A norm whose scale is a constant going back."""
 

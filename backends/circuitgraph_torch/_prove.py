@@ -18,6 +18,7 @@ from circuitgraph._pairs import PromptPairs
 from circuitgraph_torch._batch import Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
+from circuitgraph_torch._forward import SourceRun
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove_feeds import prove_feeds
 from circuitgraph_torch._window import capture
@@ -64,7 +65,7 @@ def prove(parts: Parts, *, n_prompts: int = 2, seed: int = 0) -> Proof:
     _check_components(parts, seen, values, tolerance)
     prove_feeds(parts)
     end = seen[parts.architecture.blocks[-1].path]
-    residual = _relative(values.sum(0) + _constants(parts, values), end)
+    residual = _relative(_streams(parts, values)[-1], end)
     logits = _relative(_logits(engine, np.ones(engine.graph.shape)), original)
     if not logits <= tolerance or not residual <= tolerance:
         raise TraceError(
@@ -103,9 +104,7 @@ def _stream_error(parts: Parts, engine: TorchEngine) -> float:
     worst = 0.0
     for batch, values in zip(engine.batches, engine.activations().batches, strict=True):
         ends = capture(parts.model, paths, torch.from_numpy(batch.live_ids).to(parts.device))
-        for number, end in enumerate(ends):
-            before = parts.sites.writers_before(number + 1)
-            summed = values[:before].sum(0) + _constants(parts, values, number + 1)
+        for summed, end in zip(_streams(parts, values)[1:], ends, strict=True):
             worst = _larger(worst, _relative(summed, end))
     return worst
 
@@ -185,13 +184,13 @@ def _check_components(parts: Parts, seen: dict[str, Tensor], values: Tensor, tol
     for block, layer, joint in zip(parts.architecture.blocks, parts.sites.layers, parts.joints.layers, strict=True):
         found: list[tuple[str, Tensor, float]] = []
         if block.attention and joint.attention:
-            heads = values[layer.first_head : layer.first_head + layer.n_heads].sum(0)
+            heads = values[layer.attention_writers.start : layer.attention_writers.stop].sum(0)
             constant = joint.attention.constant
             path = block.attention.post_norm.path if block.attention.post_norm else block.attention.o
             found.append((path, heads if constant is None else heads + constant, block.attention.scale))
         if block.mlp:
             path = block.mlp.post_norm.path if block.mlp.post_norm else block.mlp.modules[-1]
-            found.append((path, values[layer.mlp_writer], block.mlp.scale))
+            found.append((path, values[layer.mlp_writers.start], block.mlp.scale))
         for path, written, scale in found:
             error = _relative(written, seen[path].reshape(written.shape) * scale)
             # A component is compared with its own size, which may be far below the stream's: allow for that.
@@ -202,13 +201,10 @@ def _check_components(parts: Parts, seen: dict[str, Tensor], values: Tensor, tol
                 )
 
 
-def _constants(parts: Parts, like: Tensor, n_layers: int | None = None) -> Tensor:
-    """The sum of the attention biases of the first layers, `[d_model]`."""
-    total = like.new_zeros(like.shape[-1])
-    for joint in parts.joints.layers[:n_layers]:
-        if joint.attention is not None and joint.attention.constant is not None:
-            total = total + joint.attention.constant
-    return total
+def _streams(parts: Parts, values: Tensor) -> list[Tensor]:
+    """The sums of what writers say before each layer and after the last, constants included, `[prompts, position, d_model]`."""
+    run = SourceRun(values, parts.joints, parts.sites)
+    return [run.stream(number) for number in range(len(parts.sites.layers) + 1)]
 
 
 def _engine_on(parts: Parts, ids: Int[ndarray, "prompts position"]) -> TorchEngine:

@@ -29,7 +29,7 @@ def prove_feeds(parts: Parts) -> None:
         if joints.attention is None or layer.attention is None or block.attention is None:
             continue
         readers = graph.readers[layer.attention.first : layer.attention.stop]
-        feeds = graph.feeds[layer.attention.first : layer.attention.stop, layer.first_head : layer.first_head + layer.n_heads]
+        feeds = graph.feeds[layer.attention.first : layer.attention.stop, layer.attention_writers.start : layer.attention_writers.stop]
         first_moved, middle_moved, is_linear = _moved(joints.attention, call, length)
         looks_ahead = bool(middle_moved[:, : length // 2].any())
         for reader, fed, first, middle, linear in zip(readers, feeds, first_moved, middle_moved, is_linear.tolist(), strict=True):

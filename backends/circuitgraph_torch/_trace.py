@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._memory import MemoryBudget
-from circuitgraph._metrics import Metric, metric_named
+from circuitgraph._metrics import NLL, Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
+from circuitgraph._refinement import Refinement, check_size, refined, refinements_record
 from circuitgraph._sites import Sites
-from circuitgraph_torch._batch import Parts
+from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
 from circuitgraph_torch._find import find_architecture
@@ -27,6 +28,7 @@ from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._load import Loaded, load
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove import Proof, checks, prove
+from circuitgraph_torch._seen import seen_by, width_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,6 +45,7 @@ class TorchModel:
     tokenizer: Any | None
     proof: Proof
     _parts: Parts
+    refinements: tuple[Refinement, ...] = ()
 
     @property
     def graph(self) -> Graph:
@@ -69,12 +72,34 @@ class TorchModel:
             "device": parameter.device.type,
             "backend": "torch",
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+            **refinements_record(self.refinements),
         }
 
     def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> TorchEngine:
         """An engine for these prompts. Raises `TaskError` when prompts, metric and model do not fit together."""
         wanted = source if isinstance(source, Source) else Source(source)
         return TorchEngine(self._parts, pairs, metric_named(metric), wanted)
+
+    def refined(self, refinements: Sequence[Refinement]) -> TorchModel:
+        parts = self._parts
+        check_size(parts.sites.graph, refinements, parts.architecture.d_model, parts.budget)
+        graph = refined(parts.sites.graph, refinements)
+        with torch.no_grad():
+            for refinement in refinements:
+                refinement.check_width(width_of(parts, refinement), parts.architecture.d_model)
+            joints = parts.joints.refined(refinements, next(self.module.parameters()))
+        cut = replace(parts, joints=joints, sites=Sites.of(graph, parts.architecture))
+        return replace(self, _parts=cut, refinements=(*self.refinements, *refinements))
+
+    def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
+        check_vocabulary(pairs, self.architecture.vocabulary)
+        for ids in (pairs.clean, pairs.corrupted):
+            for prompt in ids:
+                one = PromptPairs([prompt], [prompt], [0])
+                (bucket,) = one.buckets()
+                with undisturbed(self.module):
+                    seen = seen_by(self._parts, refinement, Batch(self._parts, bucket, NLL(), bucket.clean, bucket.clean))
+                yield seen[0].double().cpu().numpy()
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

@@ -66,7 +66,7 @@ def receivers(graph: Graph, place_of: Places) -> Iterator[tuple[int, ...]]:
 def senders(graph: Graph, place_of: Places) -> tuple[int, ...]:
     """Writers from the highest layer down, an MLP before the heads of its layer, the input last."""
 
-    def place(w: int) -> tuple[int, int]:
+    def place(w: int) -> tuple[float, int]:
         writer = graph.writers[w]
         return (-writer.depth, place_of(max(writer.index, 0)))
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the fills are tints of it.
 COLOURS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#B0609A", "logits": "#3C4250", "merged": "#5B7FA6"}
+COLOURS |= {"feature": "#A07300", "stream": "#3C4250", "feeds": "#B4BAC6"}
 MEANINGS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP input", "logits": "logits", "merged": "query, key, value"}
+MEANINGS |= {"feature": "feature input", "stream": "stream", "feeds": "computed from"}
 INK, FAINT = "#1F2430", "#8A90A0"
 FONT = "Helvetica,Arial,DejaVu Sans,sans-serif"
 _NAMED = 2  # spans beside a line
@@ -25,6 +27,12 @@ NODES: dict[str, dict[str, str]] = {
     "head": {"shape": "ellipse", "style": "filled", "fillcolor": "#EAF2FA", "color": "#5B7FA6"},
     "heads": {"shape": "ellipse", "style": "filled", "fillcolor": "#EAF2FA", "color": "#5B7FA6", "peripheries": "2"},
     "mlp": {"shape": "box", "style": "filled", "fillcolor": "#FBEFD5", "color": "#C79A3A"},
+    "feature": {"shape": "box", "style": "filled,rounded", "fillcolor": "#E3F3EC", "color": "#3F9B7A"},
+    "neuron": {"shape": "box", "style": "filled,rounded", "fillcolor": "#E3F3EC", "color": "#3F9B7A"},
+    "skip": {"shape": "box", "style": "filled,rounded", "fillcolor": "white", "color": "#3F9B7A"},
+    "error": {"shape": "diamond", "style": "filled", "fillcolor": "#F3F4F7", "color": "#8A90A0"},
+    "parts": {"shape": "box", "style": "filled,rounded", "fillcolor": "#E3F3EC", "color": "#3F9B7A", "peripheries": "2"},
+    "reader": {"shape": "box", "style": "dashed", "color": "#8A90A0", "fontcolor": "#5A6070"},
 }
 
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import unknown_name
-from circuitgraph._names import Edge, Writer
+from circuitgraph._names import Component, Edge, Writer, WriterKind
 
 Detail = Literal["auto", "edges", "nodes", "layers"]
-Kind = Literal["q", "k", "v", "merged", "mlp", "logits"]
+Kind = Literal["q", "k", "v", "merged", "mlp", "feature", "stream", "feeds", "logits"]
+PlaceKind = WriterKind | Literal["heads", "parts", "reader", "logits"]
 
 LEGIBLE = {"edges": 130, "nodes": 160, "layers": 120}
 """The most lines that a picture of this detail may have before `auto` takes the next one, and in the last one draws only as many."""
@@ -25,12 +26,15 @@ _LISTED = 12  # names in the tooltip of a merged line
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """A place in the picture. `depth`: the input 0, the heads of layer `l` at `2l + 1`, its MLP at `2l + 2`, the logits at infinity."""
+    """A place in the picture. `depth`: the input 0, the heads of layer `l` at `2l + 1`, its MLP at `2l + 2`, the logits at infinity.
+
+    A `reader` is what a component reads whose parts are places of their own.
+    """
 
     depth: float
     index: int
     name: str
-    kind: Literal["input", "head", "heads", "mlp", "logits"]
+    kind: PlaceKind
     label: str
 
     @property
@@ -56,7 +60,7 @@ class Line:
     def spans(self) -> tuple[str, ...]:
         """Of edges split by span, the strongest first."""
         best: dict[str, float] = {}
-        for name, score in self.edges:
+        for name, score in self.edges if self.kind != "feeds" else ():
             span = Edge.parse(name).writer.span
             best[span] = max(best.get(span, 0.0), abs(score or 0.0))
         return tuple(span for span in sorted(best, key=lambda span: -best[span]) if span)
@@ -135,6 +139,11 @@ def _lines(live: Circuit, detail: Detail) -> tuple[Line, ...]:
             score = None if live.scores is None or math.isnan(live.scores[r, w]) else float(live.scores[r, w])
             for head in heads:
                 merged.setdefault((places[writer.node], head, kind), {})[f"{writer}->{reader}"] = score
+    told, heard = np.logical_or.reduce(live.mask, axis=1), np.logical_or.reduce(live.mask, axis=0)
+    for r, w in np.argwhere(live.graph.feeds & told[:, None] & heard):
+        reader, part = live.graph.readers[r], places[live.graph.writers[w].node]
+        for head in [places[name] for name in live.nodes_of(reader) if places[name].kind == "reader" and places[name] != part]:
+            merged.setdefault((head, part, "feeds"), {})[f"{head.name} feeds {part.name}"] = None
     return tuple(Line(*key, tuple(edges.items()), _surest(live, edges)) for key, edges in merged.items())
 
 
@@ -149,12 +158,27 @@ def _surest(live: Circuit, edges: Iterable[str]) -> float | None:
 def _place(name: str, live: Circuit, detail: Detail) -> Node:
     if name == "logits":
         return Node(math.inf, 0, "logits", "logits", "logits")
+    if name not in live.graph.nodes:  # what a component reads that is in parts
+        reader = next(reader for reader in live.graph.readers if reader.kind != "k" and reader.kind != "v" and reader.node == name)
+        if detail == "layers":
+            return _parts_of(live, Component("r" if reader.kind == "stream" else "a" if reader.kind == "q" else "m", reader.layer))
+        return Node(reader.depth, reader.index, name, "reader", name)
     writer = Writer.parse(name)
+    if detail == "layers" and writer.component is not None:
+        return _parts_of(live, writer.component)
     if detail == "layers" and writer.kind == "head":
         written = map(live.graph.writers.__getitem__, np.flatnonzero(live.mask.any(axis=0)))
         heads = len({other.node for other in written if other.depth == writer.depth})
         return Node(writer.depth, 0, f"a{writer.layer}", "heads", f"a{writer.layer}\n{heads} head{'s' * (heads != 1)}")
     return Node(writer.depth, writer.index, name, writer.kind, name)
+
+
+def _parts_of(live: Circuit, component: Component) -> Node:
+    """All parts of a component in one place."""
+    written = [live.graph.writers[w] for w in np.flatnonzero(live.mask.any(axis=0))]
+    parts = [writer for writer in written if writer.component == component]
+    depth = next(writer.depth for writer in live.graph.writers if writer.component == component)
+    return Node(depth, 0, component.name, "parts", f"{component}\n{len(parts)} part{'s' * (len(parts) != 1)}")
 
 
 def _title(provenance: Mapping[str, Any]) -> str:

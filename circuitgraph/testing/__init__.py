@@ -12,14 +12,15 @@ from circuitgraph.testing._compiled import compiled_model as compiled_model
 from circuitgraph.testing._outputs import OutputEngine as OutputEngine
 from circuitgraph.testing._planted import PlantedModel as PlantedModel
 from circuitgraph.testing._planted import planted_model as planted_model
+from circuitgraph.testing._random_dictionary import random_dictionary as random_dictionary
 from circuitgraph.testing._random_pairs import random_pairs as random_pairs
 from circuitgraph.testing._reference_engine import ReferenceEngine as ReferenceEngine
-from circuitgraph.testing._reference_engine import ReferenceValues as ReferenceValues
 from circuitgraph.testing._reference_model import ReferenceModel as ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention as ReferenceAttention
 from circuitgraph.testing._reference_parts import ReferenceLayer as ReferenceLayer
 from circuitgraph.testing._reference_parts import ReferenceMLP as ReferenceMLP
 from circuitgraph.testing._reference_parts import ReferenceNorm as ReferenceNorm
+from circuitgraph.testing._reference_run import ReferenceValues as ReferenceValues
 from circuitgraph.testing._reference_trace import ReferenceTrace as ReferenceTrace
 from circuitgraph.testing._trained import TrainedModel as TrainedModel
 from circuitgraph.testing._trained import trained_model as trained_model

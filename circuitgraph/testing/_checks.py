@@ -24,7 +24,7 @@ from circuitgraph.testing._planted import PlantedModel, planted_model
 from circuitgraph.testing._planting import VOCABULARY
 from circuitgraph.testing._random_pairs import random_pairs
 from circuitgraph.testing._reference_model import ReferenceModel
-from circuitgraph.testing._transforms import places_of, renamed, reordered, scaled, turned
+from circuitgraph.testing._transforms import padded, places_of, renamed, reordered, scaled, turned
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -178,6 +178,14 @@ def lengths_do_not_mix(subject: Subject) -> None:
     both = subject.scores(subject.bind(model, pairs))
     each = [subject.scores(subject.bind(model, pairs.select([i]))) for i in range(2)]
     _expect_close(subject, both, (each[0] + each[1]) / 2, "the scores of prompts of two lengths are not the mean of theirs", 1e-5)
+
+
+def padding_changes_nothing(subject: Subject) -> None:
+    """With three masked tokens before every prompt."""
+    if subject.backends[0] == "jax":
+        raise NotApplicable("the JAX backend builds attention anew, from a description that has no padding")
+    got = subject.run(subject.bind(*padded(subject.planted.model, subject.planted.pairs, 3)))
+    _expect_same(subject, got, subject.outcome, "with padding before the prompts", 1e-5)
 
 
 def names_of_tokens_do_not_matter(subject: Subject) -> None:
@@ -370,6 +378,7 @@ CHECKS: Mapping[str, Check] = {
         prompt_order_changes_nothing,
         batch_split_changes_nothing,
         lengths_do_not_mix,
+        padding_changes_nothing,
         names_of_tokens_do_not_matter,
         order_of_heads_does_not_matter,
         axes_of_the_stream_do_not_matter,

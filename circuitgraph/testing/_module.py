@@ -133,12 +133,13 @@ class _Attention(nn.Module):
         self.v = _linear(*_heads(attention.v, attention.v_bias))
         self.o = _linear(np.concatenate([*attention.o], axis=1), attention.o_bias)
         self.head_dim, self.n_shared = attention.q.shape[1], attention.n_heads // attention.n_kv_heads
-        self.is_causal = attention.is_causal
+        self._hidden = attention.hidden
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         k, v = k.repeat_interleave(self.n_shared, 1), v.repeat_interleave(self.n_shared, 1)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
+        is_seen = torch.from_numpy(~self._hidden(x.shape[1])).to(x.device)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=is_seen).transpose(1, 2).flatten(2)
         said: Tensor = self.o(mixed)
         return said
 

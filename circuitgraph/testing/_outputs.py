@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from circuitgraph._engine import WriterValues
-from circuitgraph._errors import unknown_name
+from circuitgraph._engine import EXACT, Rule, WriterValues, check_gradient
+from circuitgraph._errors import CircuitGraphError, unknown_name
 from circuitgraph._graph import Graph
 from circuitgraph._names import Edge, Reader
-from circuitgraph.testing._reference_engine import masked_run
 from circuitgraph.testing._reference_model import ReferenceModel
+from circuitgraph.testing._reference_run import masked_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Outputs = Float[ndarray, "prompts position outputs"]
 
 Ablation = Literal["zero", "corrupted"]
+STEP = 1e-4  # of central differences, in a mask
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class OutputDistance:
 class OutputEngine:
     """A model, prompts of one length, and what patched writers say: nothing ("zero"), or what they say in the corrupted prompts.
 
-    The first position, that of BOS, is left out. `graph`: the model's, or less of it, and then no reader hears the rest. What needs no
-    gradient can ask this engine: `ACDC`, `Scale`.
+    The first position, that of BOS, is left out. `graph`: the model's, or less of it, and then no reader hears the rest. What asks for `F`
+    or for its exact gradient can ask this engine: `ACDC`, `SubnetworkProbing`, `Scale`.
     Raises `UnknownNameError` for another ablation.
     """
 
@@ -73,6 +75,26 @@ class OutputEngine:
         """How far the outputs under each mask are from the model's own, by the metric."""
         values = self._source if source is None else np.stack([source[i] for i in range(self.n_prompts)])
         return np.stack([self.metric(self._outputs(self._said, mask, values), self._plain) for mask in np.asarray(masks, dtype=float)])
+
+    def gradient(
+        self,
+        mask: Float[ndarray, "readers writers"],
+        *,
+        source: WriterValues | None = None,
+        mix: float | Sequence[float] = 1.0,
+        rule: Rule = EXACT,
+    ) -> Float[ndarray, "prompts readers writers"]:
+        """`dF/dm` by central differences, edge by edge. Raises `CircuitGraphError` for a mix or a rule."""
+        if mix != 1.0 or rule != EXACT:
+            raise CircuitGraphError("outputs: their gradient is that of the run itself, exactly; leave out mix and rule")
+        check_gradient(self.metric, mask, self.graph)
+        slopes = np.zeros((self.n_prompts, *self.graph.shape))
+        for r, w in np.argwhere(self.graph.visible):
+            moved = np.repeat(np.asarray(mask, dtype=float)[None], 2, axis=0)
+            moved[:, r, w] += (STEP, -STEP)
+            up, down = self.evaluate(moved, source=source)
+            slopes[:, r, w] = (up - down) / (2 * STEP)
+        return slopes
 
     def change_without(self, edge: Edge | str) -> float:
         """The largest change where this edge alone is patched."""

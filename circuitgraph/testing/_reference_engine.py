@@ -7,9 +7,8 @@ One reader at a time, the whole model for every mask. The oracle for every other
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,43 +24,29 @@ from circuitgraph._engine import (
     check_reversible,
     check_source_values,
     checked_mask,
-    no_prompt_to_average,
 )
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, Target, log_softmax
-from circuitgraph._names import HeadInput, Reader, ReaderKind, Writer
+from circuitgraph._names import HeadInput, Reader, Writer
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.testing._reference_model import ReferenceModel
-from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer
 from circuitgraph.testing._reference_rules import LIVE, Memory, copies
+from circuitgraph.testing._reference_run import NOTHING, ReferenceValues, Run, masked_run, source_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
+
+    from circuitgraph.testing._reference_run import Nudge
 
     Mask = Float[ndarray, "readers writers"] | Float[ndarray, "readers writers spans"]
     Masks = Float[ndarray, "copies readers writers"] | Float[ndarray, "copies readers writers spans"]  # one for each prompt, or one for all
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
     Values = Float[ndarray, "prompts writers position d_model"]
-    Nudge = Mapping[Reader | Writer, Stream]  # what is added to the input of a reader, or to what a head says before a post-norm
 
-NOTHING: Nudge = {}
 STEP = 1e-5  # of central differences, in units of the nudge
 _LANE_NUMBERS = 1 << 19  # what writers say in the lanes that are run together, in numbers: two megabytes
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceValues:
-    """What every writer says, one array per prompt."""
-
-    prompts: tuple[Float[ndarray, "writers position d_model"], ...]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
-        return self.prompts[prompt]
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,133 +250,3 @@ class _Slopes:
     def _first(self) -> Run:
         """The mixed run itself, which writes down what the rule freezes."""
         return self.engine._run(self.batch, self.mask[None], self.source, self.mix, memory=Memory(self.rule))
-
-
-@dataclass
-class Run:
-    """A run under a mask, while it is being computed and after."""
-
-    graph: Graph
-    mask: Masks
-    source: Values
-    values: Values
-    constant: Stream  # what has been added to the stream so far by nobody: output biases
-    spans: Tokens | None  # of a mask with spans, which one every position is in
-    nudge: Nudge
-    memory: Memory
-    heard: dict[Reader, Stream] = field(default_factory=dict)
-    logits: Float[ndarray, "prompts vocabulary"] | None = None
-
-    def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
-        """The input of a reader, or of a head's reader: the equation at the top of this file."""
-        r = self.graph.reader_id(Reader(kind, layer, index))
-        is_seen = np.trim_zeros(self.graph.visible[r], "b")  # writers are sorted: those that a reader sees come first
-        m = self._coefficients(r, len(is_seen))
-        x = _weighted(m * is_seen[:, None], self.values)
-        x += _weighted((1 - m) * is_seen[:, None], self.source)
-        x += self.constant
-        x += self.nudge.get(self.graph.readers[r], 0.0)
-        is_dropped = kind != "logits" and layer == self.memory.rule.dropped_layer
-        heard: Stream = self.memory.held(is_dropped, x)
-        self.heard[Reader(kind, layer, index)] = heard
-        return heard
-
-    def _coefficients(self, r: int, n: int) -> Float[ndarray, "copies some position"]:
-        """Of the first writers; of every prompt, or one for all; of every position, or one for all."""
-        of_edges = self.mask[:, r, :n]
-        if self.spans is None:
-            return of_edges[..., None]
-        where = np.broadcast_to(self.spans[:, None], (len(self.spans), n, self.spans.shape[1]))
-        return np.take_along_axis(np.broadcast_to(of_edges, (len(where), *of_edges.shape[1:])), where, axis=2)
-
-    def write(self, writer: Writer, value: Stream) -> None:
-        self.values[:, self.graph.writer_id(writer)] = value
-
-
-def masked_run(
-    model: ReferenceModel,
-    graph: Graph,
-    said: Values,
-    mask: Masks,
-    source: Values,
-    *,
-    spans: Tokens | None = None,
-    nudge: Nudge = NOTHING,
-    memory: Memory = LIVE,
-) -> Run:
-    """Run the model under a mask, or one for every prompt; `said` is what its inputs say."""
-    run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said[:, 0]), spans, nudge, memory)
-    run.values[:, : said.shape[1]] = said
-    for number, layer in enumerate(model.layers):
-        _run_layer(run, number, layer)
-    run.logits = model.unembed(run.read("logits")[:, -1], memory)
-    return run
-
-
-def _run_layer(run: Run, number: int, layer: ReferenceLayer) -> None:
-    constant = run.constant
-    if layer.attention is not None:
-        constant = run.constant + _run_attention(run, number, layer.attention)
-    if not layer.is_parallel:
-        run.constant = constant
-    if layer.mlp is not None:
-        run.write(Writer("mlp", number), layer.mlp(run.read("mlp", number), run.memory))
-    run.constant = constant
-
-
-def _run_attention(run: Run, number: int, attention: ReferenceAttention) -> Stream:
-    """Runs the heads; what the attention adds to the stream that is no head's."""
-    names = [Writer("head", number, h) for h in range(attention.n_heads)]
-    heads = [
-        attention.head(h, *(run.read(kind, number, h) for kind in get_args(HeadInput)), memory=run.memory) + run.nudge.get(name, 0.0)
-        for h, name in enumerate(names)
-    ]
-    parts, rest = attention.parts(heads, run.memory)
-    for name, part in zip(names, parts, strict=True):
-        run.write(name, part)
-    return rest
-
-
-def _weighted(m: Float[ndarray, "copies some position"], said: Values) -> Stream:
-    """The sum over the first writers of `m` times what they say."""
-    some = said[:, : m.shape[1]]
-    if m.shape[2] > 1:
-        by_position: Stream = (m[..., None] * some).sum(axis=1)
-        return by_position
-    vectors = some.reshape(*some.shape[:2], math.prod(some.shape[2:]))
-    weighted: Stream = (m.swapaxes(1, 2) @ vectors).reshape(len(some), *some.shape[2:])
-    return weighted
-
-
-def source_values(model: ReferenceModel, graph: Graph, pairs: PromptPairs, source: Source) -> ReferenceValues:
-    """What patched writers say, for each prompt."""
-    corrupted = _plain_values(model, graph, pairs.corrupted)
-    if source.kind == "corrupted":
-        return ReferenceValues(tuple(corrupted))
-    if source.kind == "zero":
-        return ReferenceValues(tuple(np.zeros_like(values) for values in corrupted))
-    if source.constants is not None:
-        return ReferenceValues(tuple(np.broadcast_to(source.constants[:, None], values.shape).copy() for values in corrupted))
-    pool = corrupted if source.data is None else _plain_values(model, graph, source.data.clean)
-    if source.kind == "mean":
-        mean = np.concatenate(pool, axis=1).mean(axis=1, keepdims=True)
-        return ReferenceValues(tuple(np.broadcast_to(mean, values.shape).copy() for values in corrupted))
-    return ReferenceValues(tuple(_mean_of_length(pool, values.shape[1]) for values in corrupted))
-
-
-def _plain_values(model: ReferenceModel, graph: Graph, prompts: Any) -> list[Float[ndarray, "writers position d_model"]]:
-    return [values for tokens in prompts for values in _plain_run(model, graph, tokens[None])]
-
-
-def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[Float[ndarray, "writers position d_model"]]:
-    said = model.inputs(tokens)
-    nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[2:]))
-    yield from masked_run(model, graph, said, np.ones((1, *graph.shape)), nothing).values
-
-
-def _mean_of_length(pool: list[Any], length: int) -> Float[ndarray, "writers position d_model"]:
-    same = [values for values in pool if values.shape[1] == length]
-    if not same:
-        raise no_prompt_to_average(length)
-    mean: Float[ndarray, "writers position d_model"] = np.mean(same, axis=0)
-    return mean

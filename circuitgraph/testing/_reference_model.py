@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from circuitgraph._errors import TaskError
 from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
+from circuitgraph._refinement import Refinement, refined
 from circuitgraph.testing._reference_parts import Activation, ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
 from circuitgraph.testing._reference_rules import LIVE, Memory
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class ReferenceModel:
     """A transformer as arrays. The logits are `softcap(logit_scale * unembedding @ final_norm(stream))`.
 
-    `splits_input`: its graph has token and position embeddings as two writers, `tok` and `pos`.
+    `splits_input`: its graph has token and position embeddings as two writers, `tok` and `pos`. `refinements`: components that its graph
+    has in parts; the model is the same.
 
     >>> model = ReferenceModel.random(seed=0, n_layers=1, n_heads=2)
     >>> model.graph()
@@ -47,6 +49,7 @@ class ReferenceModel:
     logit_softcap: float | None = None
     name: str = "reference"
     splits_input: bool = False
+    refinements: tuple[Refinement, ...] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -54,7 +57,8 @@ class ReferenceModel:
 
     def graph(self, *, per_head_kv: bool = False) -> Graph:
         """Its writers and readers. `per_head_kv` gives every head its own `k` and `v` reader."""
-        return transformer_graph([_graph_layer(layer) for layer in self.layers], per_head_kv=per_head_kv, splits_input=self.splits_input)
+        layers = [_graph_layer(layer) for layer in self.layers]
+        return refined(transformer_graph(layers, per_head_kv=per_head_kv, splits_input=self.splits_input), self.refinements)
 
     def bind(
         self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted", *, per_head_kv: bool = False
@@ -97,17 +101,13 @@ class ReferenceModel:
         """The residual stream after the last layer."""
         stream = self.embed(tokens)
         for layer in self.layers:
-            before = stream
-            if layer.attention is not None:
-                stream = stream + layer.attention(before)
-            if layer.mlp is not None:
-                stream = stream + layer.mlp(before if layer.is_parallel else stream)
+            stream = layer(stream)
         return stream
 
     def weights_hash(self) -> str:
-        """SHA-256 of every array and setting."""
+        """SHA-256 of every array and setting of the model."""
         digest = hashlib.sha256()
-        _feed(digest.update, self)
+        _feed(digest.update, replace(self, refinements=()))
         return digest.hexdigest()
 
     @classmethod

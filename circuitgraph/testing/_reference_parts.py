@@ -17,7 +17,7 @@ from circuitgraph._errors import unknown_name
 from circuitgraph.testing._reference_rules import LIVE, Memory
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from numpy import ndarray
 
     Stream = Float[ndarray, "prompts position d_model"]
@@ -51,6 +51,7 @@ class ReferenceNorm:
 class ReferenceAttention:
     """Attention, to the past only if `is_causal`. `q`, `k`, `v` are `[heads, d_head, d_model]`, `o` is `[heads, d_model, d_head]`; head
     `h` of `n` uses the keys and values `h * n_kv // n`. `rotary_base`: rotary positions that turn the two halves of a head, as Llama's.
+    `n_padding`: the first positions are padding, which only itself looks at.
     """
 
     q: Float[ndarray, "heads d_head d_model"]
@@ -66,6 +67,7 @@ class ReferenceAttention:
     scale: float = 1.0
     rotary_base: float | None = None
     is_causal: bool = True
+    n_padding: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -83,6 +85,13 @@ class ReferenceAttention:
 
     def head(self, h: int, q_input: Stream, k_input: Stream, v_input: Stream, *, memory: Memory = LIVE) -> Stream:
         """What head `h` says, before the post-norm, when its three inputs read three different streams."""
+        said: Stream = self.mixed(h, q_input, k_input, v_input, memory=memory) @ self.o[h].T
+        return said
+
+    def mixed(
+        self, h: int, q_input: Stream, k_input: Stream, v_input: Stream, *, memory: Memory = LIVE
+    ) -> Float[ndarray, "prompts position d_head"]:
+        """The values that it mixes, before its output projection."""
         group = h * self.n_kv_heads // self.n_heads
         q = _linear(_normed(self.norm, q_input, memory), self.q[h], None if self.q_bias is None else self.q_bias[h])
         k = _linear(_normed(self.norm, k_input, memory), self.k[group], None if self.k_bias is None else self.k_bias[group])
@@ -90,10 +99,17 @@ class ReferenceAttention:
         if self.rotary_base is not None:
             q, k = _rotate(q, self.rotary_base), _rotate(k, self.rotary_base)
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
-        is_hidden = np.triu(np.full(scores.shape[-2:], self.is_causal), k=1)
+        is_hidden = self.hidden(scores.shape[-1])
         pattern = memory.held(memory.rule.patterns == "frozen", softmax(np.where(is_hidden, -np.inf, scores)))
-        said: Stream = pattern @ v @ self.o[h].T
-        return said
+        mixed: Float[ndarray, "prompts position d_head"] = pattern @ v
+        return mixed
+
+    def hidden(self, length: int) -> Bool[ndarray, "query key"]:
+        """Where nobody looks: ahead, and at padding but for one's own position."""
+        ahead = np.triu(np.full((length, length), self.is_causal), k=1)
+        is_padding = np.arange(length) < self.n_padding
+        hidden: Bool[ndarray, "query key"] = ahead | (is_padding & ~np.eye(length, dtype=bool))
+        return hidden
 
     def parts(self, heads: list[Stream], memory: Memory = LIVE) -> tuple[list[Stream], Stream]:
         """What each head adds to the stream, and what the attention adds that is no head's: the output bias.
@@ -124,12 +140,19 @@ class ReferenceMLP:
     scale: float = 1.0
 
     def __call__(self, x: Stream, memory: Memory = LIVE) -> Stream:
+        return self.out(self.hidden(x, memory), memory)
+
+    def hidden(self, x: Stream, memory: Memory = LIVE) -> Float[ndarray, "prompts position d_mlp"]:
+        """The activations of its neurons."""
         x = _normed(self.norm, x, memory)
         up = _linear(x, self.up, self.up_bias)
         if self.gate is None:
-            hidden = activate(self.act, up, memory)
-        else:
-            hidden = memory.product(activate(self.act, _linear(x, self.gate, self.gate_bias), memory), up)
+            return activate(self.act, up, memory)
+        hidden: Stream = memory.product(activate(self.act, _linear(x, self.gate, self.gate_bias), memory), up)
+        return hidden
+
+    def out(self, hidden: Float[ndarray, "prompts position d_mlp"], memory: Memory = LIVE) -> Stream:
+        """What it says, of its neurons' activations."""
         said: Stream = self.scale * _normed(self.post_norm, _linear(hidden, self.down, self.down_bias), memory)
         return said
 
@@ -141,6 +164,13 @@ class ReferenceLayer:
     attention: ReferenceAttention | None = None
     mlp: ReferenceMLP | None = None
     is_parallel: bool = False
+
+    def __call__(self, stream: Stream) -> Stream:
+        """The stream after the layer."""
+        after = stream if self.attention is None else stream + self.attention(stream)
+        if self.mlp is not None:
+            after = after + self.mlp(stream if self.is_parallel else after)
+        return after
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Any], Any]] = {

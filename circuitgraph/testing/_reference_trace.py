@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from circuitgraph._engine import Check, Source, SourceKind, check_source
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph.testing._reference_engine import ReferenceEngine, Run, masked_run, source_values
+from circuitgraph._refinement import Refinement, refined, refinements_record
+from circuitgraph.testing._reference_engine import ReferenceEngine
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
+from circuitgraph.testing._reference_refined import seen_by, width_of
+from circuitgraph.testing._reference_run import Run, masked_run, source_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -51,6 +54,7 @@ class ReferenceTrace:
             "device": "cpu",
             "backend": "reference",
             "versions": {"numpy": np.__version__},
+            **refinements_record(self.model.refinements),
         }
 
     @property
@@ -80,6 +84,16 @@ class ReferenceTrace:
         check_source(origin, self.graph, self.model.embedding.shape[1])
         return ReferenceEngine(self.model, self.graph, pairs, chosen, origin)
 
+    def refined(self, refinements: Sequence[Refinement]) -> ReferenceTrace:
+        refined(self.graph, refinements)  # raises for a component that is not there
+        for refinement in refinements:
+            refinement.check_width(width_of(self.model, refinement), self.model.embedding.shape[1])
+        return replace(self, model=replace(self.model, refinements=(*self.model.refinements, *refinements)))
+
+    def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
+        for tokens in (*pairs.clean, *pairs.corrupted):
+            yield seen_by(self.model, refinement, tokens[None])[0]
+
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.model.vocabulary)
         return np.stack([self.model.forward(tokens[None])[0, -1] for tokens in pairs.clean])
@@ -93,7 +107,8 @@ class ReferenceTrace:
         error = _worst((run(*pair, 0 * ones).logits, forward(pair[1])[:, -1]) for pair in both)
         yield Check("F(0) is the source run", "largest logit difference, relative", error, _TOLERANCE)
         plain = [(run(*pair, ones), self.model.stream(pair[0])) for pair in both]
-        error = _worst((found.values.sum(1) + found.constant, stream) for found, stream in plain)
+        heard = self.graph.visible[-1]
+        error = _worst((found.values[:, heard].sum(1) + found.constant, stream) for found, stream in plain)
         yield Check("readers are the sum of their writers", "largest difference, relative", error, _TOLERANCE)
         error = _worst(part for pair in both[:4] for part in self._padded(pair))
         yield Check("padding changes nothing", "largest difference of what a writer says, relative", error, _TOLERANCE)

@@ -1,4 +1,5 @@
-"""The same question put otherwise: tokens renamed, heads in another order, the stream turned, another unit. What is found must follow."""
+"""The same question put otherwise: tokens renamed, prompts padded, heads in another order, the stream turned, another unit. What is found
+must follow."""
 
 from __future__ import annotations
 
@@ -26,6 +27,16 @@ def renamed(model: ReferenceModel, pairs: PromptPairs, name_of: Int[ndarray, " v
     same = replace(model, embedding=model.embedding[order], unembedding=model.unembedding[order])
     rows = {name: tuple(name_of[ids] for ids in getattr(pairs, name)) for name in ("clean", "corrupted", "answers", "wrong_answers")}
     return same, replace(pairs, **rows)
+
+
+def padded(model: ReferenceModel, pairs: PromptPairs, n: int) -> tuple[ReferenceModel, PromptPairs]:
+    """With `n` tokens 0 before every prompt, which no other position looks at, and which have positions of their own."""
+    layers = [
+        layer if layer.attention is None else replace(layer, attention=replace(layer.attention, n_padding=n)) for layer in model.layers
+    ]
+    positions = None if model.positions is None else np.pad(model.positions, ((n, 0), (0, 0)))
+    clean, corrupted = (tuple(np.pad(ids, (n, 0)) for ids in prompts) for prompts in (pairs.clean, pairs.corrupted))
+    return replace(model, layers=tuple(layers), positions=positions), replace(pairs, clean=clean, corrupted=corrupted)
 
 
 def turned(model: ReferenceModel, turn: Float[ndarray, "d_model d_model"]) -> ReferenceModel:

@@ -1,0 +1,71 @@
+"""`load_dictionary`, `load_transcoders`: from a folder, from the hub, or from SAELens's list of releases where that is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from circuitgraph._dictionary import Dictionary, Reads
+from circuitgraph._errors import CircuitGraphError, FileError
+from circuitgraph.features import _circuit_tracer, _dictionary_learning, _saelens
+
+
+def load_dictionary(source: str | Path, sae_id: str | None = None, *, reads: Reads | None = None) -> Dictionary:
+    """A dictionary, by the files that are there: of SAELens (`cfg.json`) or of dictionary_learning (`ae.pt`).
+
+    `source`: a folder; or a repository of the hub, with `sae_id` the folder in it; or, with `sae-lens` installed, the name of a release,
+    with `sae_id` as there. `reads`: what it reads, where its configuration does not say. Raises `FileError`, `CircuitGraphError`.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return _read(folder / sae_id if sae_id else folder, reads)
+    text = str(source)
+    if sae_id is not None and importlib.util.find_spec("sae_lens") is not None:
+        return _of_release(text, sae_id)
+    if sae_id is not None and text.count("/") == 1:
+        return _read(_downloaded(text, f"{sae_id}/*") / sae_id, reads)
+    raise FileError(
+        f"there is no folder {text!r}; for a repository of the hub give its name and the folder in it, for a release install sae-lens"
+    )
+
+
+def load_transcoders(source: str | Path) -> dict[str, Dictionary]:
+    """A transcoder for every layer, from a folder of circuit-tracer or a repository of the hub, by component: `m0`, `m1`, ..."""
+    folder = Path(source)
+    if not folder.is_dir() and str(source).count("/") == 1:
+        folder = _downloaded(str(source), "*")
+    if not (folder / _circuit_tracer.CONFIG).is_file():
+        raise FileError(f"{source} has no {_circuit_tracer.CONFIG}, so it is no folder of transcoders")
+    return _circuit_tracer.read_transcoders(folder)
+
+
+def _read(folder: Path, reads: Reads | None) -> Dictionary:
+    if (folder / _saelens.CONFIG).is_file():
+        return _saelens.read_saelens(folder)
+    if (folder / _dictionary_learning.WEIGHTS).is_file():
+        return _dictionary_learning.read_dictionary_learning(folder, reads=reads)
+    if (folder / _circuit_tracer.CONFIG).is_file():
+        raise CircuitGraphError(f"{folder} has transcoders of several layers; read them with load_transcoders")
+    there = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
+    raise FileError(f"{folder} has neither {_saelens.CONFIG} nor {_dictionary_learning.WEIGHTS}: {there}")
+
+
+def _downloaded(repository: str, pattern: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[pattern]))
+    except Exception as error:
+        raise FileError(f"cannot download {repository}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _of_release(release: str, sae_id: str) -> Dictionary:
+    import sae_lens
+
+    try:
+        sae: Any = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id)
+    except Exception as error:
+        raise FileError(f"SAELens cannot load {release} {sae_id}: {str(error).strip().splitlines()[0]}") from error
+    state = {key: value.detach().cpu().double().numpy() for key, value in sae.state_dict().items()}
+    return _saelens.from_saelens(sae.cfg.to_dict(), state, name=f"{release}/{sae_id}")

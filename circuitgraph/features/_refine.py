@@ -1,0 +1,105 @@
+"""`refine`: which features of a dictionary are active on a task's prompts, and the model with these as nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuitgraph._dictionary import Dictionary, Neurons
+from circuitgraph._engine import TracedModel
+from circuitgraph._errors import CircuitGraphError, whole_number
+from circuitgraph._names import Component
+from circuitgraph._pairs import PromptPairs
+from circuitgraph._refinement import Fold, Refinement
+from circuitgraph.evaluation._question import pose, warn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+    from circuitgraph._task import Task
+
+
+def refine(
+    model: Any,
+    dictionaries: Mapping[str, Dictionary | Neurons],
+    task: Task | PromptPairs | str | Path,
+    *,
+    top: int | None = 32,
+    floor: float | None = None,
+    prompts: int | None = None,
+    seed: int = 0,
+    backend: str = "torch",
+) -> TracedModel:
+    """The model with components in parts: for each of them (`m3`, `a3`, or `r3`, the stream before layer 3) the features of its dictionary.
+
+    Only features that are active on the task's prompts, clean or corrupted, become nodes: the `top` ones by the sum of squares of what they
+    say, or all whose largest activation is above `floor`, or both. The rest is part of the error, and the model's provenance says how much
+    that is (`refined`, `fold`). `task`, `prompts`, `seed`, `backend` as in `discover`, which takes the result as its model.
+    Raises `CircuitGraphError` for a dictionary that does not fit, or that has no active feature.
+
+    >>> refined = refine("zoo:induction-2l", {"m0": Neurons()}, "induction", top=8)   # doctest: +SKIP
+    """
+    if top is None and floor is None:
+        raise CircuitGraphError(
+            "refine: give top, floor or both; a node for every feature that is ever active is more than anyone can look at"
+        )
+    top = None if top is None else whole_number("refine: top", top, 1)
+    question = pose(model, task, prompts=prompts, seed=seed, backend=backend)
+    chosen = [
+        _chosen(question.traced, Component.parse(name), dictionary, question.pairs, top, floor) for name, dictionary in dictionaries.items()
+    ]
+    return question.traced.refined(chosen)
+
+
+def _chosen(
+    traced: TracedModel, component: Component, dictionary: Dictionary | Neurons, pairs: PromptPairs, top: int | None, floor: float | None
+) -> Refinement:
+    _warn_of_another_place(traced, component, dictionary)
+    asked = Refinement(component, dictionary, (0,))
+    traced.graph.refine(component, asked.parts)  # raises for a component that is not there
+    energy, largest = _measured(traced, asked, pairs)
+    if isinstance(dictionary, Neurons):
+        dictionary = replace(dictionary, n_features=len(energy))
+    order = np.argsort(-energy, kind="stable")
+    wanted = order[: int((energy > 0).sum())]
+    wanted = wanted if floor is None else wanted[largest[wanted] > floor]
+    wanted = wanted[:top]
+    if len(wanted) == 0:
+        above = "" if floor is None else f" above {floor:g}"
+        raise CircuitGraphError(f"refine {component}: no feature of {dictionary.name} is active{above} on these prompts")
+    share = 1 - float(energy[wanted].sum() / energy.sum())
+    fold = Fold(int((energy > 0).sum()), len(wanted), share)
+    return Refinement(component, dictionary, tuple(sorted(wanted.tolist())), fold)
+
+
+def _measured(
+    traced: TracedModel, asked: Refinement, pairs: PromptPairs
+) -> tuple[Float[ndarray, " features"], Float[ndarray, " features"]]:
+    """For every feature the sum of squares of what it says, and its largest activation. (A neuron counts by its activation alone.)"""
+    dictionary, total, largest = asked.dictionary, np.zeros(1), np.full(1, -np.inf)
+    for n, x in enumerate(traced.seen_by(asked, pairs)):
+        if n == 0 and isinstance(dictionary, Dictionary):
+            asked.check_width(x.shape[1], traced.architecture.d_model)
+        f = np.abs(x) if isinstance(dictionary, Neurons) else dictionary.encode(x)
+        total, largest = total + (f**2).sum(axis=0), np.maximum(largest, f.max(axis=0))
+    if isinstance(dictionary, Dictionary):
+        total = total * (np.asarray(dictionary.decoder) ** 2).sum(axis=1)
+    return total, largest
+
+
+def _warn_of_another_place(traced: TracedModel, component: Component, dictionary: Dictionary | Neurons) -> None:
+    if dictionary.layer is not None and dictionary.layer != component.layer:
+        warn(f"{dictionary.name} was trained on {component.kind}{dictionary.layer}, and is asked to divide {component}")
+    if dictionary.model is not None and not _is_same_model(dictionary.model, traced.name):
+        warn(f"{dictionary.name} was trained on {dictionary.model}, and the model is {traced.name}")
+
+
+def _is_same_model(a: str, b: str) -> bool:
+    """Whether one name is part of the other: `gpt2-small` and `openai-community/gpt2` are the same model."""
+    a, b = (name.rpartition("/")[2].rpartition(":")[2].lower() for name in (a, b))
+    return a in b or b in a
