@@ -135,6 +135,7 @@ def acdc(case: Case, base: Callable[[], object]) -> dict[str, Any]:
         "untested": record["untested"],
         "lanes": record["lanes"],
         "smallest_margin": record["smallest_margin"],
+        "products": operations(lambda: [*_steps(case, ACDC(threshold=case.threshold))]) / operations(base),
     }
 
 

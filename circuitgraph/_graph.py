@@ -228,7 +228,8 @@ class Graph:
     def node_graph(self, mask: Bool[ndarray, "readers writers"] | None = None) -> nx.MultiDiGraph:
         """The usual graph: nodes are names, an edge's key is "q", "k", "v", "mlp" or "logits", and the span if there is one.
 
-        A grouped `k` or `v` reader gives one edge to each head of its group. With a `mask`, only kept edges and their ends.
+        A grouped `k` or `v` reader gives one edge to each head of its group, and that of a component in parts to each part. With a `mask`,
+        only kept edges and their ends.
         """
         import networkx as nx
 
@@ -244,7 +245,10 @@ class Graph:
         return graph
 
     def nodes_of(self, reader: Reader) -> tuple[str, ...]:
-        """The nodes a reader belongs to: itself, or the heads of its group."""
+        """The nodes a reader belongs to: itself, the heads of its group, or the parts of its component."""
+        fed = [self.writers[w] for w in np.flatnonzero(self.feeds[self._reader_ids[reader]])]
+        if any(writer.part_of for writer in fed):
+            return tuple(dict.fromkeys(writer.node for writer in fed))
         if not reader.is_grouped:
             return (reader.node,)
         heads = [other.node for other in self.readers if other.kind == "q" and other.layer == reader.layer]

@@ -100,7 +100,7 @@ def test_heads_by_features_that_all_their_readers_feed() -> None:
     graph = layers().refine("a0", Parts((5,)))
     assert [writer.name for writer in graph.writers] == ["input", "a0.f5", "a0.err", "m0", "a1.h0", "a1.h1", "m1"]
     assert graph.feeds[graph.reader_id("a0.h1<q>"), 1:3].all()
-    assert graph.nodes_of(Reader("k", 0, 0, is_grouped=True)) == ("a0.h0", "a0.h1")
+    assert graph.nodes_of(Reader("k", 0, 0, is_grouped=True)) == ("a0.f5", "a0.err")
     circuit = merged(Circuit(graph, graph.visible & (np.arange(7) == 1)), layers())
     assert {edge.writer.name for edge in circuit.edges} == {"a0.h0", "a0.h1"}  # which head of it says the feature, nobody knows
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy import ndarray
 
+_SEEN_AT_ONCE = 8  # prompts
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,13 +94,15 @@ class TorchModel:
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
         check_vocabulary(pairs, self.architecture.vocabulary)
-        for ids in (pairs.clean, pairs.corrupted):
-            for prompt in ids:
-                one = PromptPairs([prompt], [prompt], [0])
-                (bucket,) = one.buckets()
-                with undisturbed(self.module):
-                    seen = seen_by(self._parts, refinement, Batch(self._parts, bucket, NLL(), bucket.clean, bucket.clean))
-                yield seen[0].double().cpu().numpy()
+        for side in ("clean", "corrupted"):
+            seen: dict[int, Float[ndarray, "position width"]] = {}
+            for bucket in pairs.buckets():
+                for part in bucket.cut(_SEEN_AT_ONCE):
+                    ids = getattr(part, side)
+                    with undisturbed(self.module):
+                        rows = seen_by(self._parts, refinement, Batch(self._parts, part, NLL(), ids, ids))
+                    seen |= zip(part.index.tolist(), rows.double().cpu().numpy(), strict=True)
+            yield from (seen[prompt] for prompt in range(len(pairs)))
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

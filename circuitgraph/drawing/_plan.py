@@ -12,7 +12,7 @@ import numpy as np
 
 from circuitgraph._circuit import Circuit
 from circuitgraph._errors import unknown_name
-from circuitgraph._names import Component, Edge, Writer, WriterKind
+from circuitgraph._names import Component, Edge, Reader, Writer, WriterKind
 
 Detail = Literal["auto", "edges", "nodes", "layers"]
 Kind = Literal["q", "k", "v", "merged", "mlp", "feature", "stream", "feeds", "logits"]
@@ -133,18 +133,19 @@ def _lines(live: Circuit, detail: Detail) -> tuple[Line, ...]:
     for r in np.flatnonzero(live.mask.any(axis=1)):
         reader = live.graph.readers[r]
         kind: Kind = "merged" if detail in ("nodes", "layers") and reader.kind in ("q", "k", "v") else reader.kind
-        heads = dict.fromkeys(places[name] for name in live.nodes_of(reader))
+        parts = [places[name] for name in live.nodes_of(reader)]
+        gate = _gate(live, reader, detail)
+        heads = dict.fromkeys(parts if gate is None else [gate])
         for w in np.flatnonzero(live.mask[r]):
             writer = live.graph.writers[w]
             score = None if live.scores is None or math.isnan(live.scores[r, w]) else float(live.scores[r, w])
             for head in heads:
                 merged.setdefault((places[writer.node], head, kind), {})[f"{writer}->{reader}"] = score
-    told, heard = np.logical_or.reduce(live.mask, axis=1), np.logical_or.reduce(live.mask, axis=0)
-    for r, w in np.argwhere(live.graph.feeds & told[:, None] & heard):
-        reader, part = live.graph.readers[r], places[live.graph.writers[w].node]
-        for head in [places[name] for name in live.nodes_of(reader) if places[name].kind == "reader" and places[name] != part]:
-            merged.setdefault((head, part, "feeds"), {})[f"{head.name} feeds {part.name}"] = None
-    return tuple(Line(*key, tuple(edges.items()), _surest(live, edges)) for key, edges in merged.items())
+        if gate is not None:
+            for part in dict.fromkeys(parts):
+                merged.setdefault((gate, part, "feeds"), {})[f"{gate.name} feeds {part.name}"] = None
+    lines = {key: edges for key, edges in merged.items() if key[0] != key[1]}
+    return tuple(Line(*key, tuple(edges.items()), _surest(live, edges if key[2] != "feeds" else ())) for key, edges in lines.items())
 
 
 def _surest(live: Circuit, edges: Iterable[str]) -> float | None:
@@ -158,11 +159,6 @@ def _surest(live: Circuit, edges: Iterable[str]) -> float | None:
 def _place(name: str, live: Circuit, detail: Detail) -> Node:
     if name == "logits":
         return Node(math.inf, 0, "logits", "logits", "logits")
-    if name not in live.graph.nodes:  # what a component reads that is in parts
-        reader = next(reader for reader in live.graph.readers if reader.kind != "k" and reader.kind != "v" and reader.node == name)
-        if detail == "layers":
-            return _parts_of(live, Component("r" if reader.kind == "stream" else "a" if reader.kind == "q" else "m", reader.layer))
-        return Node(reader.depth, reader.index, name, "reader", name)
     writer = Writer.parse(name)
     if detail == "layers" and writer.component is not None:
         return _parts_of(live, writer.component)
@@ -171,6 +167,14 @@ def _place(name: str, live: Circuit, detail: Detail) -> Node:
         heads = len({other.node for other in written if other.depth == writer.depth})
         return Node(writer.depth, 0, f"a{writer.layer}", "heads", f"a{writer.layer}\n{heads} head{'s' * (heads != 1)}")
     return Node(writer.depth, writer.index, name, writer.kind, name)
+
+
+def _gate(live: Circuit, reader: Reader, detail: Detail) -> Node | None:
+    """The place of what a component reads that is in parts, one for all of its readers; none for a reader that is one node's."""
+    fed = live.graph.writers[int(np.argmax(live.graph.feeds[live.graph.reader_id(reader)]))]
+    if reader.kind in ("feature", "logits") or fed.component is None:
+        return None
+    return _parts_of(live, fed.component) if detail == "layers" else Node(reader.depth, 0, fed.component.name, "reader", fed.component.name)
 
 
 def _parts_of(live: Circuit, component: Component) -> Node:

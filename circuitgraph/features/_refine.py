@@ -42,7 +42,7 @@ def refine(
     that is (`refined`, `fold`). `task`, `prompts`, `seed`, `backend` as in `discover`, which takes the result as its model.
     Raises `CircuitGraphError` for a dictionary that does not fit, or that has no active feature.
 
-    >>> refined = refine("zoo:induction-2l", {"m0": Neurons()}, "induction", top=8)   # doctest: +SKIP
+    >>> refined = refine("zoo:tiny-english", {"m0": Neurons()}, "subject-verb-agreement", top=8)   # doctest: +SKIP
     """
     if top is None and floor is None:
         raise CircuitGraphError(

@@ -102,6 +102,10 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
             f"to_mib: the format knows no positions; this circuit is split by the spans {', '.join(circuit.graph.spans)}; "
             "discover without PerPosition for one that can be exchanged"
         )
+    if parts := [writer.name for writer in circuit.graph.writers if writer.part_of]:
+        raise CircuitGraphError(
+            f"to_mib: the format knows no features, such as {parts[0]}; circuitgraph.features.merged makes a circuit on whole components"
+        )
     bridge = _bridge(_Config(**config), circuit.graph)
     place = np.ix_(bridge.rows, bridge.columns)
     kept = circuit.mask[place] & bridge.shared
