@@ -58,7 +58,7 @@ def circuit(name: str, ablation: Ablation, length: int) -> dict[str, Any]:
         "measured": sorted(compiled.measured(ablation, length)),
         "acdc": sorted(edge.name for edge in engine.graph.edges_of(kept)),
         "paper": sorted(PAPER[name].split()) if name in PAPER and ablation == "zero" else None,
-        "auroc": dict(areas(compiled, engine)) if name in PAPER else None,
+        "auroc": dict(areas(compiled, engine)) if name in PAPER and length == 3 else None,
     }
 
 
@@ -110,16 +110,16 @@ def rankings(found: Sequence[dict[str, Any]]) -> Table:
     cases = [case for case in found if case["auroc"] is not None]
     rows = [
         (
-            *(str(case[key]) for key in ("program", "ablation", "length")),
+            *(str(case[key]) for key in ("program", "ablation")),
             *("-" if case["auroc"][method] is None else f"{case['auroc'][method]:.3f}" for method in METHODS),
         )
         for case in cases
     ]
     notes = (
-        f"AUROC of all edges. ACDC: the highest of {len(SWEEP)} thresholds, from {SWEEP[0]:g} to {SWEEP[-1]:g}, at which an edge is kept.",
+        f"AUROC of all edges, on inputs of length 3. ACDC: the highest of {len(SWEEP)} thresholds, from {SWEEP[0]:g} to {SWEEP[-1]:g}, at which an edge is kept.",
         "-: no answer. The distance of a model from itself has no slope, so HISP, which asks for it, is refused.",
     )
-    return Table("The lists of the paper's code, found again", ("program", "ablation", "length", *METHODS), rows, notes)
+    return Table("The lists of the paper's code, found again", ("program", "ablation", *METHODS), rows, notes)
 
 
 def compared(edges: Sequence[str] | None, measured: Sequence[str]) -> str:

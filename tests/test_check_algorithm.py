@@ -108,9 +108,10 @@ CASES = {
             **BASELINE,
             "axes-of-the-stream-do-not-matter": "measures what is said by the L1 norm, as its paper does",
             "clean-source-scores-nothing": "looks at the clean run only",
+            "padding-changes-nothing": "measures what is said at every position, padding too",
         },
     ),
-    "magnitude": Case(Magnitude(), BASELINE),
+    "magnitude": Case(Magnitude(), {**BASELINE, "padding-changes-nothing": "measures what is said at every position, padding too"}),
     "path-patching": Case(PathPatching(), dict.fromkeys(FOUND, "asks of the edges into the receivers it is told")),
     "random": Case(
         Random(),

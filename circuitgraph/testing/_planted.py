@@ -80,7 +80,8 @@ def traced(model: ReferenceModel, backend: str, **options: Any) -> TracedModel:
     from circuitgraph._plugins import traced as traced_by
     from circuitgraph.testing._module import architecture_of, module_of
 
-    if backend == "jax":  # knows families by a table, and this is none of them
+    is_padded = any(layer.attention is not None and layer.attention.n_padding for layer in model.layers)
+    if backend == "jax" or is_padded:  # JAX knows families by a table, and this is none; PyTorch watches short prompts, here all padding
         options = {"architecture": architecture_of(model), **options}
     return traced_by(module_of(model), backend=backend, **options)
 
