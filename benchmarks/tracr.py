@@ -116,7 +116,8 @@ def rankings(found: Sequence[dict[str, Any]]) -> Table:
         for case in cases
     ]
     notes = (
-        f"AUROC of all edges, on inputs of length 3. ACDC: the highest of {len(SWEEP)} thresholds, from {SWEEP[0]:g} to {SWEEP[-1]:g}, at which an edge is kept.",
+        f"AUROC of all edges, on inputs of length 3. ACDC: the highest of {len(SWEEP)} thresholds ({SWEEP[0]:g} to {SWEEP[-1]:g}) at which",
+        "an edge is kept.",
         "-: no answer. The distance of a model from itself has no slope, so HISP, which asks for it, is refused.",
     )
     return Table("The lists of the paper's code, found again", ("program", "ablation", *METHODS), rows, notes)

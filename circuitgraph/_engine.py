@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from circuitgraph._architecture import Architecture
+    from circuitgraph._linear import LinearRun
     from circuitgraph._refinement import Refinement
 
 SourceKind = Literal["corrupted", "zero", "mean", "mean-per-position", "optimal"]
@@ -201,6 +202,10 @@ class TracedModel(Protocol):
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
         """What a refinement's dictionary reads in the model's own run, for each clean prompt, then for each corrupted one."""
+        ...
+
+    def linear_run(self, tokens: Sequence[int]) -> LinearRun:
+        """This model on one prompt, linear but for its MLPs. Raises `CircuitGraphError` where something else than MLPs is in parts."""
         ...
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:

@@ -14,6 +14,7 @@ from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
+from circuitgraph._linear import LinearRun
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
@@ -83,6 +84,9 @@ class JaxModel:
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
         raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
+
+    def linear_run(self, tokens: Sequence[int]) -> LinearRun:
+        raise CircuitGraphError("attribution graphs: the JAX backend has no linear runs; trace the model with backend='torch'")
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitgraph._engine import EXACT
 from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Plan, by_position, to_tensor
 from circuitgraph_torch._collect import Collector, Spans
@@ -33,11 +34,12 @@ class Backward:
         self._joints, self._sites, self._collector, self._spans = joints, sites, collector, spans
         self._recomputed = recomputed
         self._corrections: Tensor | None = None
+        self.rule = EXACT
 
     def run(self, tape: Tape, grad_logits_input: Tensor, length: int) -> None:
         """From the gradient of the logits' input at the last position, `[prompts, 1, d_model]`, of prompts of this length."""
         assert tape.logits is not None
-        self._rule = tape.rule
+        self.rule = tape.rule
         self._collector.add(self._sites.logits, tape.logits.readers, grad_logits_input[None], last_only=True)
         spread = grad_logits_input.new_zeros(len(grad_logits_input), length, grad_logits_input.shape[-1])
         self._stream = torch.zeros_like(spread)
@@ -59,12 +61,12 @@ class Backward:
             grad_heads = self._writer_grads(layer.attention_writers) if grad_heads is None else grad_heads
             grad_heads = grad_heads[: attention.n_written]  # where the heads wrote together, they share one
             which = self._live_readers(joint.attention, attention.plan)
-            grads = self._reader_grads(joint.attention, attention, grad_heads, which)
+            grads = self.reader_grads(joint.attention, attention, grad_heads, which)
             self._collector.add(layer.attention, attention.plan.readers[which], grads)
             self._propagate(attention.plan, _sum_by_row(attention.plan, grads, which))
             if self._recomputed is not None:
                 projected = attention.projected.detach()[0]
-                self._recomputed.layer(number, attention.x[0], projected, grad_heads, is_frozen=self._rule.norms == "frozen")
+                self._recomputed.layer(number, attention.x[0], projected, grad_heads, is_frozen=self.rule.norms == "frozen")
         self._split_stream(tape.stream.get(number), layer.stream, layer.stream_writers)
 
     def _mlp(self, step: InputStep | None, site: Site | None, writers: range) -> None:
@@ -86,11 +88,11 @@ class Backward:
 
     def _live_readers(self, joint: AttentionJoint, plan: Plan) -> Int[ndarray, " some"]:
         """Which of the plan's readers get a gradient: with frozen patterns only values do, on which no pattern depends."""
-        if self._rule.patterns == "frozen":
+        if self.rule.patterns == "frozen":
             return np.flatnonzero(plan.readers >= joint.first_value)
         return np.arange(len(plan.readers))
 
-    def _reader_grads(self, joint: AttentionJoint, step: AttentionStep, grad_heads: Tensor, which: Int[ndarray, " some"]) -> Tensor:
+    def reader_grads(self, joint: AttentionJoint, step: AttentionStep, grad_heads: Tensor, which: Int[ndarray, " some"]) -> Tensor:
         """`[some readers, prompts, position, d_model]`."""
         (grad,) = torch.autograd.grad(step.written, step.projected, grad_heads)
         n, length = grad.shape[1:3]
@@ -102,7 +104,7 @@ class Backward:
         grads = grads.view(len(which), n, length, -1)
         if joint.norm is None:
             return grads
-        is_frozen = self._rule.norms == "frozen"
+        is_frozen = self.rule.norms == "frozen"
         if step.plan.n_distinct == 1:
             return joint.norm.backward_(grads, step.x, is_frozen=is_frozen)
         for u in range(step.plan.n_distinct):

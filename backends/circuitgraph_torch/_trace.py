@@ -25,6 +25,7 @@ from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
 from circuitgraph_torch._find import find_architecture
 from circuitgraph_torch._joints import ModelJoints
+from circuitgraph_torch._linear import TorchLinearRun
 from circuitgraph_torch._load import Loaded, load
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove import Proof, checks, prove
@@ -103,6 +104,12 @@ class TorchModel:
                         rows = seen_by(self._parts, refinement, Batch(self._parts, part, NLL(), ids, ids))
                     seen |= zip(part.index.tolist(), rows.double().cpu().numpy(), strict=True)
             yield from (seen[prompt] for prompt in range(len(pairs)))
+
+    def linear_run(self, tokens: Sequence[int]) -> TorchLinearRun:
+        """This model on one prompt, linear but for its MLPs. Raises `TaskError`, `CircuitGraphError`."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        check_vocabulary(PromptPairs([ids], [(ids + 1) % self.architecture.vocabulary], [0]), self.architecture.vocabulary)
+        return TorchLinearRun(self._parts, self.refinements, ids)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

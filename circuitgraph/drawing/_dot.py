@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the fills are tints of it.
 COLOURS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#B0609A", "logits": "#3C4250", "merged": "#5B7FA6"}
-COLOURS |= {"feature": "#A07300", "stream": "#3C4250", "feeds": "#B4BAC6"}
+COLOURS |= {"feature": "#A07300", "stream": "#3C4250", "feeds": "#B4BAC6", "adds": "#0072B2"}
 MEANINGS = {"q": "query", "k": "key", "v": "value", "mlp": "MLP input", "logits": "logits", "merged": "query, key, value"}
-MEANINGS |= {"feature": "feature input", "stream": "stream", "feeds": "computed from"}
+MEANINGS |= {"feature": "feature input", "stream": "stream", "feeds": "computed from", "adds": "adds to"}
 INK, FAINT = "#1F2430", "#8A90A0"
 FONT = "Helvetica,Arial,DejaVu Sans,sans-serif"
 _NAMED = 2  # spans beside a line
@@ -38,7 +38,11 @@ NODES: dict[str, dict[str, str]] = {
 
 def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto") -> str:
     """The picture of a circuit as DOT text: the input at the bottom, the logits at the top, one row per layer's attention and MLP."""
-    plan = make_plan(circuit, title=title, detail=detail)
+    return drawn(make_plan(circuit, title=title, detail=detail))
+
+
+def drawn(plan: Plan) -> str:
+    """A plan as DOT text, its lines drawn by their scores."""
     return dot_of(plan, lambda line: _stroke(line, plan.strongest), _legend(plan))
 
 

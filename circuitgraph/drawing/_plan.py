@@ -15,7 +15,7 @@ from circuitgraph._errors import unknown_name
 from circuitgraph._names import Component, Edge, Reader, Writer, WriterKind
 
 Detail = Literal["auto", "edges", "nodes", "layers"]
-Kind = Literal["q", "k", "v", "merged", "mlp", "feature", "stream", "feeds", "logits"]
+Kind = Literal["q", "k", "v", "merged", "mlp", "feature", "stream", "feeds", "adds", "logits"]
 PlaceKind = WriterKind | Literal["heads", "parts", "reader", "logits"]
 
 LEGIBLE = {"edges": 130, "nodes": 160, "layers": 120}
@@ -60,7 +60,7 @@ class Line:
     def spans(self) -> tuple[str, ...]:
         """Of edges split by span, the strongest first."""
         best: dict[str, float] = {}
-        for name, score in self.edges if self.kind != "feeds" else ():
+        for name, score in self.edges if self.kind not in ("feeds", "adds") else ():
             span = Edge.parse(name).writer.span
             best[span] = max(best.get(span, 0.0), abs(score or 0.0))
         return tuple(span for span in sorted(best, key=lambda span: -best[span]) if span)

@@ -10,7 +10,9 @@ import numpy as np
 
 from circuitgraph._architecture import MLP, Architecture, Attention, Block, Norm, Projection
 from circuitgraph._engine import Check, Source, SourceKind, check_source
+from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
+from circuitgraph._linear import LinearRun
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._refinement import Refinement, refined, refinements_record
@@ -93,6 +95,9 @@ class ReferenceTrace:
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
         for tokens in (*pairs.clean, *pairs.corrupted):
             yield seen_by(self.model, refinement, tokens[None])[0]
+
+    def linear_run(self, tokens: Sequence[int]) -> LinearRun:
+        raise CircuitGraphError("attribution graphs: the numpy reference has no linear runs; trace the model with backend='torch'")
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.model.vocabulary)
