@@ -162,15 +162,24 @@ class Circuit:
 
         return to_dot(self, title=title, detail=detail)
 
-    def render(self, path: str | Path, *, title: str | None = None, detail: Detail = "auto", dpi: int = 200) -> Path:
+    def render(
+        self,
+        path: str | Path,
+        *,
+        title: str | None = None,
+        detail: Detail = "auto",
+        dpi: int = 200,
+        labels: Mapping[str, str] | None = None,
+    ) -> Path:
         """Draw the live edges into an SVG, PDF, PNG or DOT file, by its suffix. Raises `FileError`.
 
         `detail`: `edges` draws every edge, `nodes` merges the q, k and v edges between two nodes, `layers` also the heads of a layer;
-        `auto` takes the first of these that stays legible, and the caption says which. `dpi` is that of a PNG.
+        `auto` takes the first of these that stays legible, and the caption says which. `dpi` is that of a PNG. `labels`: what nodes are, by
+        name (`m3.f12`), for whoever points at one in an SVG.
         """
         from circuitgraph.drawing import render
 
-        return render(self, path, title=title, detail=detail, dpi=dpi)
+        return render(self, path, title=title, detail=detail, dpi=dpi, labels=labels)
 
     def save(self, path: str | Path) -> Path:
         """Write the circuit as JSON; the scores of a large graph go into a safetensors file beside it. Raises `FileError`."""

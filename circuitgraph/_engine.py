@@ -195,6 +195,11 @@ class TracedModel(Protocol):
 
     def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> Engine: ...
 
+    @property
+    def refinements(self) -> tuple[Refinement, ...]:
+        """The components that are in parts."""
+        ...
+
     def refined(self, refinements: Sequence[Refinement]) -> TracedModel:
         """The same model with some components in parts. Raises `CircuitGraphError` for a dictionary of another width, `UnknownNameError`
         for a component that is not there."""
@@ -202,6 +207,11 @@ class TracedModel(Protocol):
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
         """What a refinement's dictionary reads in the model's own run, for each clean prompt, then for each corrupted one."""
+        ...
+
+    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+        """The direct effect on the logits of what some features say at activation 1, with the final norm's scale taken as 1, less the mean
+        over the vocabulary."""
         ...
 
     def linear_run(self, tokens: Sequence[int]) -> LinearRun:

@@ -79,6 +79,13 @@ class JaxModel:
         wanted = source if isinstance(source, Source) else Source(source)
         return JaxEngine(self._parts, pairs, metric_named(metric), wanted)
 
+    @property
+    def refinements(self) -> tuple[Refinement, ...]:
+        return ()
+
+    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
+
     def refined(self, refinements: Sequence[Refinement]) -> JaxModel:
         raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
 

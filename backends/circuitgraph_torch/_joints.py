@@ -169,6 +169,14 @@ class LogitsJoint:
         y = y if self._scale == 1.0 else y * self._scale
         return y if self._softcap is None else torch.tanh(y / self._softcap) * self._softcap
 
+    def weights(self, vectors: Tensor) -> Tensor:
+        """What vectors `[..., d_model]` add to the logits `[..., vocabulary]` with the final norm's scale at 1, before soft-capping."""
+        if self._norm is not None:
+            centred = vectors - vectors.mean(-1, keepdim=True) if self._norm.kind == "layer" else vectors
+            vectors = centred * self._norm.gain
+        added: Tensor = self._module(vectors) - self._module(torch.zeros_like(vectors))
+        return added * self._scale
+
 
 @dataclass(frozen=True)
 class LayerJoints:

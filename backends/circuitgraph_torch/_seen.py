@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +20,23 @@ from circuitgraph_torch._splits import transcoded
 
 if TYPE_CHECKING:
     from circuitgraph._sites import LayerSites
+
+
+def logit_weights(parts: Parts, refinement: Refinement, features: Sequence[int]) -> Tensor:
+    """The direct effect on the logits of what features say at activation 1, `[features, vocabulary]`."""
+    joints, chosen, dictionary = parts.joints, [*features], refinement.dictionary
+    like = next(parts.model.parameters())
+    number = min(refinement.component.layer, len(joints.layers) - 1)
+    if isinstance(dictionary, Neurons):
+        mlp = joints.layers[number].mlp
+        assert mlp is not None
+        return joints.logits.weights(mlp.last.weight[chosen])
+    rows = torch.from_numpy(np.ascontiguousarray(dictionary.decoder[chosen])).to(like)
+    if dictionary.reads == "attn_z":
+        attention = joints.layers[number].attention
+        assert attention is not None
+        rows = rows @ (attention.out_weights.flatten(0, 1) * attention.scale)
+    return joints.logits.weights(rows)
 
 
 def width_of(parts: Parts, refinement: Refinement) -> int:

@@ -29,7 +29,7 @@ from circuitgraph_torch._linear import TorchLinearRun
 from circuitgraph_torch._load import Loaded, load
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._prove import Proof, checks, prove
-from circuitgraph_torch._seen import seen_by, width_of
+from circuitgraph_torch._seen import logit_weights, seen_by, width_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -104,6 +104,11 @@ class TorchModel:
                         rows = seen_by(self._parts, refinement, Batch(self._parts, part, NLL(), ids, ids))
                     seen |= zip(part.index.tolist(), rows.double().cpu().numpy(), strict=True)
             yield from (seen[prompt] for prompt in range(len(pairs)))
+
+    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+        with torch.no_grad():
+            weights = logit_weights(self._parts, refinement, features).double().cpu().numpy()
+        return weights - weights.mean(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
     def linear_run(self, tokens: Sequence[int]) -> TorchLinearRun:
         """This model on one prompt, linear but for its MLPs. Raises `TaskError`, `CircuitGraphError`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +36,20 @@ NODES: dict[str, dict[str, str]] = {
 }
 
 
-def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto") -> str:
+def to_dot(circuit: Circuit, *, title: str | None = None, detail: Detail = "auto", labels: Mapping[str, str] | None = None) -> str:
     """The picture of a circuit as DOT text: the input at the bottom, the logits at the top, one row per layer's attention and MLP."""
-    return drawn(make_plan(circuit, title=title, detail=detail))
+    plan = make_plan(circuit, title=title, detail=detail)
+    return drawn(plan, labels)
 
 
-def drawn(plan: Plan) -> str:
-    """A plan as DOT text, its lines drawn by their scores."""
-    return dot_of(plan, lambda line: _stroke(line, plan.strongest), _legend(plan))
+def drawn(plan: Plan, labels: Mapping[str, str] | None = None) -> str:
+    """A plan as DOT text, its lines drawn by their scores. `labels`: what nodes are, by name."""
+    return dot_of(plan, lambda line: _stroke(line, plan.strongest), _legend(plan), labels)
 
 
-def dot_of(plan: Plan, stroke: Callable[[Line], dict[str, str]], legend: str) -> str:
-    """A plan as DOT text, its lines drawn with these attributes; `legend` is HTML-like."""
+def dot_of(plan: Plan, stroke: Callable[[Line], dict[str, str]], legend: str, labels: Mapping[str, str] | None = None) -> str:
+    """A plan as DOT text, its lines drawn with these attributes; `legend` is HTML-like, `labels` are for whoever points at a node."""
+    said = labels or {}
     dot = _canvas(plan, legend)
     rows = [(depth, list(nodes)) for depth, nodes in groupby(plan.nodes, key=lambda node: node.depth)]
     _ruler(dot, rows)
@@ -56,7 +58,8 @@ def dot_of(plan: Plan, stroke: Callable[[Line], dict[str, str]], legend: str) ->
             row.attr(rank="same")
             row.node(_ruler_name(nodes[0]))
             for node in nodes:
-                row.node(node.name, label=_escape(node.label), tooltip=_escape(node.label), **_width(node, plan), **NODES[node.kind])
+                tooltip = f"{node.name}: {said[node.name]}" if node.name in said else node.label
+                row.node(node.name, label=_escape(node.label), tooltip=_escape(tooltip), **_width(node, plan), **NODES[node.kind])
     for line in plan.lines:
         dot.edge(line.tail.name, line.head.name, **tips(line), **_with_spans(line, stroke(line)))
     return str(dot.source)

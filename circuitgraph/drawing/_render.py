@@ -36,9 +36,17 @@ sys.stdout.buffer.write(graph.draw(format=suffix, prog="dot"))
 """
 
 
-def render(circuit: Circuit, path: str | Path, *, title: str | None = None, detail: Detail = "auto", dpi: int = 200) -> Path:
+def render(
+    circuit: Circuit,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    detail: Detail = "auto",
+    dpi: int = 200,
+    labels: Mapping[str, str] | None = None,
+) -> Path:
     """Draw a circuit into a file, whose suffix says the format; see `Circuit.render`. Raises `FileError`."""
-    return write_picture(path, lambda: to_dot(circuit, title=title, detail=detail), dpi=dpi)
+    return write_picture(path, lambda: to_dot(circuit, title=title, detail=detail, labels=labels), dpi=dpi)
 
 
 def render_joint(circuits: Mapping[str, Circuit], path: str | Path, *, title: str | None = None, detail: Detail = "auto") -> Path:

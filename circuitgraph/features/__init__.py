@@ -9,6 +9,11 @@ from circuitgraph.features._attribution import AttributionNode as AttributionNod
 from circuitgraph.features._attribution import attribution_graph as attribution_graph
 from circuitgraph.features._load import load_dictionary as load_dictionary
 from circuitgraph.features._load import load_transcoders as load_transcoders
+from circuitgraph.features._meaning import Example as Example
+from circuitgraph.features._meaning import FeatureCard as FeatureCard
+from circuitgraph.features._meaning import feature_cards as feature_cards
+from circuitgraph.features._meaning import read_labels as read_labels
+from circuitgraph.features._meaning import save_cards as save_cards
 from circuitgraph.features._merge import divided as divided
 from circuitgraph.features._merge import merged as merged
 from circuitgraph.features._neuronpedia import from_neuronpedia as from_neuronpedia

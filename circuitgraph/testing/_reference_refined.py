@@ -11,7 +11,7 @@ import numpy as np
 from circuitgraph._dictionary import Dictionary, Neurons
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._refinement import Refinement
-from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceMLP
+from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP
 from circuitgraph.testing._reference_rules import LIVE, Memory
 
 if TYPE_CHECKING:
@@ -83,6 +83,31 @@ def seen_by(
     if isinstance(refinement.dictionary, Neurons):
         return mlp.hidden(x)
     return mlp(x) if reads == "mlp_out" else _normed(refinement.dictionary, mlp, x, LIVE)
+
+
+def logit_weights(model: ReferenceModel, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+    """What some features say at activation 1, through the gain of the final norm and the unembedding, less the mean."""
+    layer = model.layers[min(refinement.component.layer, len(model.layers) - 1)]
+    rows = _rows(layer, refinement, [*features])
+    if model.final_norm is not None:
+        centred = rows - rows.mean(axis=-1, keepdims=True) if model.final_norm.kind == "layer" else rows
+        rows = centred * model.final_norm.gain
+    weights: Float[ndarray, "features vocabulary"] = model.logit_scale * (rows @ model.unembedding.T)
+    weights -= weights.mean(axis=1, keepdims=True)
+    return weights
+
+
+def _rows(layer: ReferenceLayer, refinement: Refinement, features: list[int]) -> Float[ndarray, "features d_model"]:
+    """What features add to the stream at activation 1."""
+    if isinstance(refinement.dictionary, Neurons):
+        assert layer.mlp is not None
+        neurons: Float[ndarray, "features d_model"] = layer.mlp.scale * layer.mlp.down.T[features]
+        return neurons
+    rows: Float[ndarray, "features d_model"] = refinement.dictionary.decoder[features]
+    if refinement.dictionary.reads == "attn_z":
+        assert layer.attention is not None
+        rows = layer.attention.scale * rows @ np.concatenate([*layer.attention.o], axis=1).T
+    return rows
 
 
 def width_of(model: ReferenceModel, refinement: Refinement) -> int:

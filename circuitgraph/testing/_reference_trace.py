@@ -19,7 +19,7 @@ from circuitgraph._refinement import Refinement, refined, refinements_record
 from circuitgraph.testing._reference_engine import ReferenceEngine
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
-from circuitgraph.testing._reference_refined import seen_by, width_of
+from circuitgraph.testing._reference_refined import logit_weights, seen_by, width_of
 from circuitgraph.testing._reference_run import Run, masked_run, source_values
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ class ReferenceTrace:
                 check_vocabulary(asked, self.model.vocabulary)
         check_source(origin, self.graph, self.model.embedding.shape[1])
         return ReferenceEngine(self.model, self.graph, pairs, chosen, origin)
+
+    @property
+    def refinements(self) -> tuple[Refinement, ...]:
+        return self.model.refinements
+
+    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+        return logit_weights(self.model, refinement, features)
 
     def refined(self, refinements: Sequence[Refinement]) -> ReferenceTrace:
         refined(self.graph, refinements)  # raises for a component that is not there
