@@ -51,6 +51,7 @@ from circuitgraph.algorithms import Random as Random
 from circuitgraph.algorithms import RelP as RelP
 from circuitgraph.algorithms import ScreenedBy as ScreenedBy
 from circuitgraph.algorithms import Selected as Selected
+from circuitgraph.algorithms import SparseFeatureCircuits as SparseFeatureCircuits
 from circuitgraph.algorithms import SubnetworkProbing as SubnetworkProbing
 from circuitgraph.algorithms import UniformGradientSampling as UniformGradientSampling
 from circuitgraph.evaluation import Agreement as Agreement

@@ -124,3 +124,29 @@ def test_from_a_model_to_a_picture_of_features(tmp_path: Path) -> None:
 def test_jax_says_that_it_cannot_yet() -> None:
     with pytest.raises(CircuitGraphError, match="the JAX backend does not divide components yet"):
         refine("zoo:induction-2l", {"r1": random_dictionary(width=64, reads="stream")}, "induction", prompts=4, backend="jax")
+
+
+def test_sparse_feature_circuits_are_what_two_thresholds_leave() -> None:
+    """By hand: nodes by the sum of their edges' effects, edges between those nodes; what leads nowhere goes."""
+    refined = refine(MODEL, {"m0": random_dictionary(2, n_features=20)}, PAIRS, top=4)
+    engine, estimator = refined.bind(PAIRS, "logit_diff"), cg.EAP()
+    scores = np.asarray(estimator.run(engine).scores)
+    effects = np.abs(scores.sum(axis=0))
+    node, edge = float(np.median(effects)), float(np.quantile(np.abs(scores[refined.graph.visible]), 0.3))
+    outcome = cg.SparseFeatureCircuits(node, edge, estimator).run(engine)
+    graph, kept = refined.graph, set()
+    for r, w in np.argwhere(graph.visible):
+        heard = graph.readers[r].kind == "logits" or any(effects[fed] >= node for fed in np.flatnonzero(graph.feeds[r]))
+        if heard and effects[w] >= node and abs(scores[r, w]) >= edge:
+            kept.add((r, w))
+    mask = np.zeros(graph.shape, dtype=bool)
+    mask[tuple(np.array(sorted(kept)).T)] = True
+    np.testing.assert_array_equal(outcome.mask, graph.prune_dead(mask))
+    assert 0 < outcome.mask.sum() < graph.n_edges
+    assert outcome.record["nodes"]["m0.err"] == pytest.approx(scores.sum(axis=0)[graph.writer_id("m0.err")])
+    with pytest.raises(CircuitGraphError, match="node_threshold"):
+        cg.SparseFeatureCircuits(-1)
+    spans = tuple(np.array([0] * (len(ids) - 1) + [1]) for ids in PAIRS.clean)
+    by_span = refined.bind(replace(PAIRS, spans=spans, span_names=("FRONT", "END")), "logit_diff")
+    with pytest.raises(CircuitGraphError, match="PerPosition scores no edges of the graph"):
+        cg.SparseFeatureCircuits(estimator=cg.PerPosition(cg.EAP())).run(by_span)

@@ -18,5 +18,6 @@ from circuitgraph.algorithms._random import Random as Random
 from circuitgraph.algorithms._relp import RelP as RelP
 from circuitgraph.algorithms._screened import ScreenedBy as ScreenedBy
 from circuitgraph.algorithms._selected import Selected as Selected
+from circuitgraph.algorithms._sparse_feature_circuits import SparseFeatureCircuits as SparseFeatureCircuits
 from circuitgraph.algorithms._subnetwork_probing import SubnetworkProbing as SubnetworkProbing
 from circuitgraph.algorithms._uniform_gradient_sampling import UniformGradientSampling as UniformGradientSampling
