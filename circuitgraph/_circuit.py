@@ -171,11 +171,11 @@ class Circuit:
         dpi: int = 200,
         labels: Mapping[str, str] | None = None,
     ) -> Path:
-        """Draw the live edges into an SVG, PDF, PNG or DOT file, by its suffix. Raises `FileError`.
+        """Draw the live edges into an SVG, HTML, PDF, PNG or DOT file, by its suffix. Raises `FileError`.
 
         `detail`: `edges` draws every edge, `nodes` merges the q, k and v edges between two nodes, `layers` also the heads of a layer;
         `auto` takes the first of these that stays legible, and the caption says which. `dpi` is that of a PNG. `labels`: what nodes are, by
-        name (`m3.f12`), for whoever points at one in an SVG.
+        name (`m3.f12`), for whoever points at one in an SVG or a page.
         """
         from circuitgraph.drawing import render
 

@@ -155,7 +155,7 @@ def test_threads(svg: bytes) -> None:
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileError, match=r"ends in one of .svg, .pdf, .png, .dot, .gv"):
+    with pytest.raises(FileError, match=r"ends in one of .svg, .html, .pdf, .png, .dot, .gv"):
         _circuit().render(tmp_path / "c.jpg")
     with pytest.raises(UnknownNameError, match="unknown detail 'node'; did you mean 'nodes'"):
         _circuit().to_dot(detail="node")  # type: ignore[arg-type]

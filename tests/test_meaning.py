@@ -96,6 +96,10 @@ def test_a_page_and_the_tooltips_of_a_picture(tmp_path: Path) -> None:
     name = cards[0].name
     picture = circuit.render(tmp_path / "circuit.svg", labels={name: "what it is for"}).read_text()
     assert f"{name}: what it is for" in picture
+    page = circuit.render(tmp_path / "circuit.html", labels={name: "what it is for"}).read_text()
+    assert page.startswith("<!doctype html>")
+    assert f"{name}: what it is for" in page
+    assert "<?xml" not in page
 
 
 def test_a_card_of_a_dictionary_with_a_tokenizer() -> None:

@@ -1,4 +1,4 @@
-"""Pictures of circuits: DOT, SVG, PDF and PNG."""
+"""Pictures of circuits: DOT, SVG, HTML, PDF and PNG."""
 
 from circuitgraph.drawing._curve import plot_curve as plot_curve
 from circuitgraph.drawing._curve import plot_format as plot_format

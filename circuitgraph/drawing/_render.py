@@ -1,10 +1,11 @@
-"""DOT to SVG, PDF and PNG: with the Graphviz in pygraphviz's wheels, else with the `dot` on the PATH.
+"""DOT to SVG, HTML, PDF and PNG: with the Graphviz in pygraphviz's wheels, else with the `dot` on the PATH.
 
 Graphviz runs in a process of its own: it writes warnings to the terminal, is not safe in threads, and a crash of it is not ours.
 """
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
 import shutil
@@ -23,7 +24,7 @@ from circuitgraph.files import write_bytes
 if TYPE_CHECKING:
     from circuitgraph.drawing._plan import Detail
 
-FORMATS = ("svg", "pdf", "png", "dot", "gv")
+FORMATS = ("svg", "html", "pdf", "png", "dot", "gv")
 
 _TIMEOUT = 120
 _PROGRAM = """
@@ -60,7 +61,16 @@ def write_picture(path: str | Path, source: Callable[[], str], *, dpi: int = 200
     suffix = path.suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise FileError(f"cannot draw into {path}: expected a name that ends in one of {', '.join('.' + name for name in FORMATS)}")
+    if suffix == "html":
+        return write_bytes(path, _page(render_dot(source(), "svg"), path.stem))
     return write_bytes(path, source().encode() if suffix in ("dot", "gv") else render_dot(source(), suffix, dpi=dpi))
+
+
+def _page(svg: bytes, title: str) -> bytes:
+    """A page of HTML with the picture in it and nothing to load; tooltips are the picture's own."""
+    picture = svg[svg.index(b"<svg") :]
+    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+    return head.encode() + b"<style>body{margin:0;text-align:center}svg{max-width:100%;height:auto}</style>\n" + picture + b"</html>\n"
 
 
 def render_dot(source: str, suffix: str, *, dpi: int = 200) -> bytes:

@@ -14,7 +14,7 @@ from circuitgraph.features._attribution import AttributionGraph, AttributionNode
 
 
 def render_attribution(graph: AttributionGraph, path: str | Path, *, title: str | None = None) -> Path:
-    """Draw it into a file, whose suffix says the format (SVG, PDF, PNG, DOT). Prune it first: all of it is too much to see.
+    """Draw it into a file, whose suffix says the format (SVG, HTML, PDF, PNG, DOT). Prune it first: all of it is too much to see.
 
     Pointing at a line shows the weights behind it; features show their labels where they have some. Raises `FileError`.
     """
