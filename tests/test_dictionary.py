@@ -296,3 +296,17 @@ def test_beside_saelens_itself(tmp_path: Path) -> None:
                 np.testing.assert_allclose(theirs.decode(f).numpy(), d.decode(X, d.encode(X)), atol=1e-5)
             theirs.save_model(str(tmp_path / "theirs"))
             np.testing.assert_allclose(load_dictionary(tmp_path / "theirs").encode(X), d.encode(X), atol=1e-5)
+
+
+def test_transcoders_beside_saelens_itself(tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    for activation in ("relu", "jumprelu"):
+        for has_skip in (False, True):
+            d = replace(random_dictionary(8, activation=activation, reads="mlp_in", has_skip=has_skip, d_out=5), layer=0)  # type: ignore[arg-type]
+            folder = save_dictionary(d, tmp_path / f"{activation}-{has_skip}")
+            kind = json.loads((folder / "cfg.json").read_text())["architecture"]
+            theirs = sae_lens.registry.get_sae_class(kind)[0].load_from_disk(str(folder), device="cpu")
+            x = torch.from_numpy(X).float()
+            with torch.no_grad():
+                np.testing.assert_allclose(theirs.encode(x).numpy(), d.encode(X), atol=1e-5)
+                np.testing.assert_allclose(theirs(x).numpy(), d.decode(X, d.encode(X)), atol=1e-5)
