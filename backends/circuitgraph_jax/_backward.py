@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._forward import Edges, LayerMasking, Masking, SpanEdges, forward
-from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._layer import Layer
 from circuitgraph_jax._live import live_run, run_beside
 from circuitgraph_jax._recomputed import Heads
 from circuitgraph_jax._rules import Way
@@ -118,6 +118,10 @@ class WriterGrads(eqx.Module):
         """Of `n` writers, or the one that all writers share."""
         return self.stream[None] if self.corrections is None else self.stream + lax.dynamic_slice_in_dim(self.corrections, first, n)
 
+    def cut(self) -> WriterGrads:
+        """Before a divided stream: what comes after it is none of the stream's business, nor of those who wrote to it."""
+        return WriterGrads(jnp.zeros_like(self.stream), self.corrections)
+
     def add(self, edges: Edges | SpanEdges | None, grads: Float[Array, "readers position d_model"]) -> WriterGrads:
         """Hand the gradients of readers' inputs on to the writers they read."""
         if edges is None or self.corrections is None:
@@ -127,28 +131,70 @@ class WriterGrads(eqx.Module):
 
 def _layer(grads: WriterGrads, bank: Array, way: Way, here: _Step) -> tuple[WriterGrads, Found]:
     """One layer backwards."""
-    layer, masking, tape, writer = here.layer, here.masking, here.tape, here.first_writer
-    after, of_readers, heads = grads, [], None
+    layer, after, of_readers, heads = here.layer, grads, [], None
     if layer.mlp is not None:
-        x = tape.before_mlp if masking is None else masking.read_mlp(layer, tape.before_mlp, bank)
-        mlp = layer.mlp
-        grad = _pull(lambda hidden: way.contract(mlp, hidden), tape.hidden, grads.of(writer + layer.n_heads, 1)[0])
-        grad = way.past(here.number, _pull(mlp.expand, x, grad)[None])
-        of_readers.append(grad)
-        grads = grads.add(None if masking is None else masking.of_mlp(layer), grad)
+        grads, of_mlp = _mlp(grads, bank, way, here)
+        of_readers.append(of_mlp)
     if layer.attention is not None:
-        assert tape.projected is not None  # it is what its readers say
-        x = tape.before_attention[None] if masking is None else masking.read_attention(layer, tape.before_attention, bank)
-        attention, of_heads = layer.attention, (after if layer.is_parallel else grads).of(writer, layer.n_heads)
-        write = attention.write_each if len(of_heads) > 1 else attention.write
-        mixed, through_mix = jax.vjp(lambda projected: way.mix(attention, projected), tape.projected)
-        grad = way.past(here.number, _pull(write, mixed, of_heads if len(of_heads) > 1 else of_heads[0]))
-        heads = Heads(attention, tape.before_attention, tape.projected, grad)
-        (grad,) = through_mix(grad)
-        grad = _pull(attention.project, jnp.broadcast_to(x, (layer.n_attention_readers, *x.shape[1:])), grad)
-        of_readers.insert(0, grad)
-        grads = grads.add(None if masking is None else masking.of_attention(layer), grad)
+        of_heads = (after if layer.is_parallel else grads).of(here.first_writer + layer.n_stream_writers, layer.n_attention_writers)
+        grads, of_attention, heads = _attention(grads, of_heads, bank, way, here)
+        of_readers.insert(0, of_attention)
+    if layer.splits.stream is not None:
+        grads, of_stream = _stream(grads, bank, way, here)
+        of_readers.insert(0, of_stream)
     return grads, Found(jnp.concatenate(of_readers), heads)
+
+
+def _mlp(grads: WriterGrads, bank: Array, way: Way, here: _Step) -> tuple[WriterGrads, Float[Array, "readers position d_model"]]:
+    layer, masking, tape = here.layer, here.masking, here.tape
+    x = tape.before_mlp[None] if masking is None else masking.read_mlp(layer, tape.before_mlp, bank)
+    of_writers = grads.of(here.first_writer + layer.n_writers_before_mlp, layer.n_mlp_writers)
+    grad = way.past(here.number, _through_mlp(layer, way, x, tape, of_writers))
+    return grads.add(None if masking is None else masking.of_mlp(layer), grad), grad
+
+
+def _through_mlp(
+    layer: Layer, way: Way, x: Float[Array, "readers position d_model"], tape: Tape, of_writers: Float[Array, "writers position d_model"]
+) -> Float[Array, "readers position d_model"]:
+    """The gradients of the inputs of its readers, from those of its writers; of either there may be one that all share."""
+    mlp, split = layer.mlp, layer.splits.mlp
+    assert mlp is not None
+    if split is None:
+        grad = _pull(lambda hidden: mlp.finish(way.inner(mlp, hidden)), tape.hidden, of_writers[0])
+        return _pull(mlp.expand, x[0], grad)[None]  # type: ignore[no-any-return]
+    inputs, grad = _each(x, layer.n_mlp_readers), _each(of_writers, layer.n_mlp_writers)
+    return _pull(lambda x: split(mlp, x, way.inner), inputs, grad)  # type: ignore[no-any-return]
+
+
+def _attention(
+    grads: WriterGrads, of_heads: Float[Array, "writers position d_model"], bank: Array, way: Way, here: _Step
+) -> tuple[WriterGrads, Float[Array, "readers position d_model"], Heads]:
+    layer, masking, tape, attention = here.layer, here.masking, here.tape, here.layer.attention
+    assert attention is not None
+    assert tape.projected is not None  # it is what its readers say
+    x = tape.before_attention[None] if masking is None else masking.read_attention(layer, tape.before_attention, bank)
+    write = layer.attention_parts if len(of_heads) > 1 else attention.write  # one gradient for all writers is that of their sum
+    mixed, through_mix = jax.vjp(lambda projected: way.mix(attention, projected), tape.projected)
+    grad = way.past(here.number, _pull(write, mixed, of_heads if len(of_heads) > 1 else of_heads[0]))
+    heads = Heads(attention, tape.before_attention, tape.projected, grad)
+    (grad,) = through_mix(grad)
+    grad = _pull(attention.project, _each(x, layer.n_attention_readers), grad)
+    return grads.add(None if masking is None else masking.of_attention(layer), grad), grad, heads
+
+
+def _stream(grads: WriterGrads, bank: Array, way: Way, here: _Step) -> tuple[WriterGrads, Float[Array, "readers position d_model"]]:
+    """Where the stream is divided: what came before is heard by one reader only."""
+    layer, masking, tape = here.layer, here.masking, here.tape
+    assert tape.before_stream is not None
+    x = tape.before_stream if masking is None else masking.read_stream(layer, tape.before_stream, bank)
+    of_parts = _each(grads.of(here.first_writer, layer.n_stream_writers), layer.n_stream_writers)
+    grad = way.past(here.number, _pull(layer.stream_parts, x, of_parts)[None])
+    return grads.cut().add(None if masking is None else masking.of_stream(layer), grad), grad
+
+
+def _each(shared: Float[Array, "some position d_model"], n: int) -> Float[Array, "n position d_model"]:
+    """Of each of `n`, where there may be one for all."""
+    return jnp.broadcast_to(shared, (n, *shared.shape[1:]))
 
 
 def _pull(function: Any, at: Any, grad: Any) -> Any:

@@ -136,8 +136,9 @@ class Batch:
         self.__dict__.pop("live", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        """From a run that is kept, where that is less work. (In half precision never: it would be rounded with every move.)"""
-        if len(masks) == 0 or masks.ndim == 4 or self._parts.dtype.itemsize < 4:
+        """From a run that is kept, where that is less work. (In half precision never: it would be rounded with every move. Nor is a run
+        with refined components kept yet.)"""
+        if len(masks) == 0 or masks.ndim == 4 or self._parts.dtype.itemsize < 4 or self._parts.sites.is_refined:
             return self._fresh(masks, source)
         kept, plan = self._planned(masks, source)
         if not plan.parts:
@@ -167,7 +168,7 @@ class Batch:
         """Of each lane from the first layer in which it differs from the model's own run."""
         starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=3))
         order = np.argsort(starts, kind="stable")
-        out, kept, again = np.empty((len(masks), len(self))), self._live_kept(source), Again.everything(self._parts.sites)
+        out, kept, again = np.empty((len(masks), len(self))), self._live_kept(source), Again.everything(self._parts.decoder.n_layers)
         for lot in self._lots(len(masks), self._devices.n_lanes):
             chosen = order[lot]
             out[chosen] = self._run(masks[chosen], jnp.asarray(starts[chosen[0]], jnp.int32), kept, source, again)

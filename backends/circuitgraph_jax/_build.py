@@ -14,6 +14,7 @@ from circuitgraph._errors import TraceError
 from circuitgraph._tensors import tensor
 from circuitgraph_jax import _joints as joints
 from circuitgraph_jax._decoder import Decoder, stacked
+from circuitgraph_jax._layer import Layer
 
 if TYPE_CHECKING:
     from jax import Array
@@ -73,9 +74,9 @@ class _Builder:
             if not fits:
                 raise TraceError(f"{path}.weight has shape {weight.shape}; the description asks for {(n, d_model)}, [vocabulary, d_model]")
 
-    def _layer(self, block: described.Block) -> joints.Layer:
+    def _layer(self, block: described.Block) -> Layer:
         attention = None if block.attention is None else self._attention(block.attention)
-        return joints.Layer(attention, None if block.mlp is None else self._mlp(block.mlp), block.parallel)
+        return Layer(attention, None if block.mlp is None else self._mlp(block.mlp), block.parallel)
 
     def _attention(self, attention: described.Attention) -> joints.Attention:
         pattern = attention.pattern

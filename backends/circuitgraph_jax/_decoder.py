@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from circuitgraph_jax._joints import Layer, Norm
+from circuitgraph._refinement import Refinement
+from circuitgraph_jax._joints import Norm
+from circuitgraph_jax._layer import Layer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from numpy import ndarray
 
 
 class Decoder(eqx.Module):
@@ -46,6 +49,14 @@ class Decoder(eqx.Module):
             stream, _ = lax.scan(lambda x, layer: (layer(x), None), stream, stack)
         return stream
 
+    def streams(self, tokens: Int[Array, " position"]) -> Float[Array, "ends position d_model"]:
+        """The residual stream before each layer and after the last."""
+        stream, ends = self.embed(tokens), []
+        for stack in self.stacks:
+            stream, before = lax.scan(lambda x, layer: (layer(x), x), stream, stack)
+            ends.append(before)
+        return jnp.concatenate([*ends, stream[None]])
+
     def embed(self, tokens: Int[Array, " position"]) -> Float[Array, "position d_model"]:
         """What the writer `input` says."""
         x = self.embedding[tokens] * self.embedding_scale
@@ -60,6 +71,32 @@ class Decoder(eqx.Module):
         y = (x if self.final_norm is None else self.final_norm(x)) @ weight.T
         y = (y if bias is None else y + bias) * self.logit_scale
         return y if self.logit_softcap is None else jnp.tanh(y / self.logit_softcap) * self.logit_softcap
+
+    def refined(self, refinements: Sequence[Refinement], visible: Bool[ndarray, "readers writers"]) -> Decoder:
+        """With some components in parts, which stay where they are: the stacks that have none are shared with this decoder."""
+        stacks: list[Layer] = []
+        for stack, place in zip(self.stacks, self.places, strict=True):
+            here = [one for one in refinements if one.component.layer in place.numbers]
+            stacks += stacked(self._divided(unstacked(stack), here, place.layer)) if here else [stack]
+        behind = [one for one in refinements if one.component.layer == self.n_layers]
+        stacks += stacked(self._divided([Layer(None, None, is_parallel=False)], behind, self.n_layers)) if behind else []
+        return replace(self, stacks=tuple(stacks), visible=jnp.asarray(visible))
+
+    def _divided(self, layers: list[Layer], refinements: Sequence[Refinement], first: int) -> list[Layer]:
+        for one in refinements:
+            at = one.component.layer - first
+            layers[at] = layers[at].refined(one, self.embedding.dtype)
+        return layers
+
+    def layer(self, number: int) -> Layer:
+        """One layer by itself."""
+        at = next(i for i, place in enumerate(self.places) if number in place.numbers)
+        return unstacked(self.stacks[at])[number - self.places[at].layer]
+
+    @property
+    def n_layers(self) -> int:
+        """With the one that stands for a stream divided after the last."""
+        return self.places[-1].numbers.stop
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -87,8 +124,13 @@ class Place:
         return cls(*starts, int(jax.tree.leaves(stack)[0].shape[0]), stack.n_readers, stack.n_writers)
 
     @property
+    def numbers(self) -> range:
+        """Those of its layers."""
+        return range(self.layer, self.layer + self.n_layers)
+
+    @property
     def layers(self) -> Int[Array, " layers"]:
-        """Their numbers."""
+        """The same as an array."""
         return self.layer + jnp.arange(self.n_layers)
 
     @property
@@ -118,6 +160,12 @@ def stacked(layers: list[Layer], join: Callable[..., Array] = lambda *arrays: jn
         else:
             groups.append([layer])
     return tuple(jax.tree.map(join, *group) for group in groups)
+
+
+def unstacked(stack: Layer) -> list[Layer]:
+    """The layers of a stack one by one."""
+    n_layers = len(jax.tree.leaves(stack)[0])
+    return [jax.tree.map(lambda a, at=at: a[at], stack) for at in range(n_layers)]
 
 
 def _shape(layer: Layer) -> object:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._layer import Layer
 from circuitgraph_jax._run import Run, Tape, grown, keep
 from circuitgraph_jax._spans import Spans
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 
 class SourceStreams(eqx.Module):
-    """The streams that readers would see in the source run; per stack those before each layer's attention and its MLP.
+    """The streams that readers would see in the source run; per stack those before each layer's attention and its MLP, and before the layer
+    is divided, where it is.
 
     `span` is the positions, or 1 where all are alike.
     """
 
+    before_stream: tuple[Float[Array, "layers span d_model"] | None, ...]
     before_attention: tuple[Float[Array, "layers span d_model"], ...]
     before_mlp: tuple[Float[Array, "layers span d_model"], ...]
     end: Float[Array, "span d_model"]
@@ -37,19 +39,35 @@ class SourceStreams(eqx.Module):
     @classmethod
     def of(cls, decoder: Decoder, values: Float[Array, "writers span d_model"]) -> SourceStreams:
         """From what the writers say there."""
-        stream, before_attention, before_mlp = values[0], [], []
+        stream, before_stream, before_attention, before_mlp = values[0], [], [], []
         for stack, place in zip(decoder.stacks, decoder.places, strict=True):
             said = values[place.writer : place.end_writer].reshape(place.n_layers, place.n_writers, *values.shape[1:])
-            n_heads = stack.attention.n_heads if stack.attention else 0
-            heads, mlps = said[:, :n_heads].sum(1), said[:, n_heads:].sum(1)
-            constants = None if stack.attention is None else jax.vmap(lambda attention: attention.constant)(stack.attention)
-            heads = heads if constants is None else heads + constants[:, None]
-            ends = stream + jnp.cumsum(heads + mlps, axis=0)
-            starts = jnp.concatenate([stream[None], ends[:-1]])
-            before_attention.append(starts)
-            before_mlp.append(starts if stack.is_parallel else starts + heads)
+            attention, mlp = stack.n_stream_writers, stack.n_writers_before_mlp
+            heads = _together(said[:, attention:mlp], jax.vmap(lambda layer: layer.attention_constant)(stack))
+            mlps = _together(said[:, mlp:], jax.vmap(lambda layer: layer.mlp_constant)(stack))
+            if stack.splits.stream is None:
+                ends = stream + jnp.cumsum(heads + mlps, axis=0)
+                starts = entering = jnp.concatenate([stream[None], ends[:-1]])
+            else:  # whatever came before a layer, its stream is the sum of the parts
+                entering = _together(said[:, :attention], jax.vmap(lambda layer: layer.stream_constant)(stack))
+                ends = entering + heads + mlps
+                starts = jnp.concatenate([stream[None], ends[:-1]])
+            before_stream.append(None if stack.splits.stream is None else starts)
+            before_attention.append(entering)
+            before_mlp.append(entering if stack.is_parallel else entering + heads)
             stream = ends[-1]
-        return cls(tuple(before_attention), tuple(before_mlp), stream)
+        return cls(tuple(before_stream), tuple(before_attention), tuple(before_mlp), stream)
+
+    @property
+    def starts(self) -> tuple[Float[Array, "layers span d_model"], ...]:
+        """Per stack, the stream that comes to each layer."""
+        pairs = zip(self.before_stream, self.before_attention, strict=True)
+        return tuple(attention if stream is None else stream for stream, attention in pairs)
+
+
+def _together(said: Float[Array, "layers some span d_model"], constants: Float[Array, "layers d_model"] | None) -> Array:
+    """What some writers say, and the constant beside them, `[layers, span, d_model]`."""
+    return said.sum(1) if constants is None else said.sum(1) + constants[:, None]
 
 
 class Edges(eqx.Module):
@@ -135,7 +153,8 @@ class Masking(eqx.Module):
         """Of a stack, with a leading axis of layers; its edges come from the writers up to the stack's end."""
         place = decoder.places[number]
         rows = self.edges[place.reader : place.end_reader].by_layer(place.n_layers, place.end_writer)
-        return LayerMasking(rows, self.streams.before_attention[number], self.streams.before_mlp[number])
+        streams = self.streams
+        return LayerMasking(rows, streams.before_stream[number], streams.before_attention[number], streams.before_mlp[number])
 
     @property
     def end(self) -> Edges | SpanEdges:
@@ -151,20 +170,28 @@ class LayerMasking(eqx.Module):
     """The edges into one layer."""
 
     edges: Edges | SpanEdges
+    before_stream: Float[Array, "span d_model"] | None
     before_attention: Float[Array, "span d_model"]
     before_mlp: Float[Array, "span d_model"]
+
+    def read_stream(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "position d_model"]:
+        assert self.before_stream is not None  # the layer divides it
+        return self.of_stream(layer).read(stream, self.before_stream, bank)[0]
 
     def read_attention(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "readers position d_model"]:
         return self.of_attention(layer).read(stream, self.before_attention, bank)
 
-    def read_mlp(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "position d_model"]:
-        return self.of_mlp(layer).read(stream, self.before_mlp, bank)[0]
+    def read_mlp(self, layer: Layer, stream: Array, bank: Array) -> Float[Array, "readers position d_model"]:
+        return self.of_mlp(layer).read(stream, self.before_mlp, bank)
+
+    def of_stream(self, layer: Layer) -> Edges | SpanEdges:
+        return self.edges[: layer.n_stream_readers]
 
     def of_attention(self, layer: Layer) -> Edges | SpanEdges:
-        return self.edges[: layer.n_attention_readers]
+        return self.edges[layer.n_stream_readers : layer.n_stream_readers + layer.n_attention_readers]
 
     def of_mlp(self, layer: Layer) -> Edges | SpanEdges:
-        return self.edges[layer.n_attention_readers :]
+        return self.edges[layer.n_stream_readers + layer.n_attention_readers :]
 
 
 class Step(eqx.Module):
@@ -182,7 +209,9 @@ def forward(
     stream, bank, tapes = embedding, (embedding - source[0])[None], []
     for number, place in enumerate(decoder.places):
         bank = grown(bank, place)
-        (stream, bank), tape = lax.scan(lambda carry, here: _layer(*carry, source, here), (stream, bank), _steps(decoder, masking, number))
+        (stream, bank), tape = lax.scan(
+            lambda carry, here: run_layer(*carry, source, here), (stream, bank), _steps(decoder, masking, number)
+        )
         tapes.append(tape)
     return Run(masking.read_end(stream, bank), bank, tuple(tapes))
 
@@ -191,20 +220,29 @@ def _steps(decoder: Decoder, masking: Masking, number: int) -> Step:
     return Step(decoder.stacks[number], masking.steps(decoder, number), decoder.places[number].first_writers)
 
 
-def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_model"], here: Step) -> tuple[tuple[Array, Array], Tape]:
+def run_layer(
+    stream: Float[Array, "position d_model"], bank: Float[Array, "writers position d_model"], source: Array, here: Step
+) -> tuple[tuple[Array, Array], Tape]:
+    """One layer under a mask: the stream after it and the bank with what it says, and the tape. `source` `[writers, span, d_model]`."""
     layer, writer = here.layer, here.first_writer
-    before, after, projected, hidden = stream, stream, None, None
+    before_stream, before, projected, hidden = None, stream, None, None
+    if layer.splits.stream is not None:
+        before_stream, before = stream, here.masking.read_stream(layer, stream, bank)
+        bank = _keep(bank, layer.stream_parts(before), source, writer)
+    after = before
     if layer.attention is not None:
         projected = layer.attention.project(here.masking.read_attention(layer, before, bank))
         mixed = layer.attention.mix(projected)
-        written = layer.attention.write_each(mixed)
-        bank = keep(bank, written - lax.dynamic_slice_in_dim(source, writer, len(written)), writer)
+        bank = _keep(bank, layer.attention_parts(mixed), source, writer + layer.n_stream_writers)
         after = before + layer.attention.write(mixed)
     before_mlp = before if layer.is_parallel else after
     if layer.mlp is not None:
-        hidden = layer.mlp.expand(here.masking.read_mlp(layer, before_mlp, bank))
-        written = layer.mlp.contract(hidden)
-        at = writer + layer.n_heads
-        bank = keep(bank, written[None] - lax.dynamic_slice_in_dim(source, at, 1), at)
-        after = after + written
-    return (after, bank), Tape(before, projected, before_mlp, hidden)
+        hidden, written = layer.run_mlp(here.masking.read_mlp(layer, before_mlp, bank))
+        bank = _keep(bank, written, source, writer + layer.n_writers_before_mlp)
+        after = layer.after_mlp(after, written)
+    return (after, bank), Tape(before_stream, before, projected, before_mlp, hidden)
+
+
+def _keep(bank: Array, written: Float[Array, "some position d_model"], source: Array, at: Int[Array, ""]) -> Array:
+    """The bank, with how far some writers are from the source."""
+    return keep(bank, written - lax.dynamic_slice_in_dim(source, at, len(written)), at)

@@ -53,6 +53,14 @@ class Norm(eqx.Module):
         y = self._gained(x, scale)
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
+    def bare(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        """The norm without gain and bias."""
+        return self.bare_scaled(x, self.scale(x))
+
+    def bare_scaled(self, x: Float[Array, ...], scale: Float[Array, ...]) -> Float[Array, ...]:
+        """`bare`, given the scale of `x`."""
+        return (self._centred(x) * scale).astype(x.dtype)
+
     def scaled_parts(
         self, parts: Float[Array, "heads position d_model"], scale: Float[Array, ...]
     ) -> Float[Array, "heads position d_model"]:
@@ -207,8 +215,12 @@ class MLP(eqx.Module):
 
     def contract(self, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position d_model"]:
         """From there to what the MLP adds to the stream."""
+        return self.finish(self.inner(hidden))
+
+    def inner(self, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position width"]:
+        """What the last weights read: the neurons."""
         act = ACTIVATIONS[self.activation]
-        return self.finish(act(hidden[0]) if len(hidden) == 1 else act(hidden[1]) * hidden[0])
+        return act(hidden[0]) if len(hidden) == 1 else act(hidden[1]) * hidden[0]
 
     def finish(self, inner: Float[Array, "position width"]) -> Float[Array, "position d_model"]:
         """The second half of `contract`, behind the non-linearity."""
@@ -219,31 +231,3 @@ class MLP(eqx.Module):
 def _affine(x: Float[Array, "position d_in"], weight: Float[Array, "d_out d_in"], bias: Array | None) -> Float[Array, "position d_out"]:
     y = x @ weight.T
     return y if bias is None else y + bias
-
-
-class Layer(eqx.Module):
-    """A block; or, as a stack, several of one shape, their arrays with a leading axis."""
-
-    attention: Attention | None
-    mlp: MLP | None
-    is_parallel: bool = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
-        after = x if self.attention is None else x + self.attention(x)
-        return after if self.mlp is None else after + self.mlp(x if self.is_parallel else after)
-
-    @property
-    def n_heads(self) -> int:
-        return self.attention.n_heads if self.attention else 0
-
-    @property
-    def n_attention_readers(self) -> int:
-        return self.attention.n_readers if self.attention else 0
-
-    @property
-    def n_readers(self) -> int:
-        return self.n_attention_readers + (self.mlp is not None)
-
-    @property
-    def n_writers(self) -> int:
-        return self.n_heads + (self.mlp is not None)

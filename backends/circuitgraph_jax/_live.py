@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._layer import Layer
 from circuitgraph_jax._run import Run, Tape, grown, keep
 
 if TYPE_CHECKING:
@@ -50,14 +50,17 @@ def run_beside(decoder: Decoder, embedding: Float[Array, "position d_model"], ot
 def _speak(layer: Layer, before: Float[Array, "position d_model"]) -> tuple[Array, Float[Array, "writers position d_model"], Tape]:
     """One layer: the stream after it, what each of its writers says, and the tape."""
     after, projected, hidden, written = before, None, None, []
+    if layer.splits.stream is not None:
+        written.append(layer.stream_parts(before))
     if layer.attention is not None:
         projected = layer.attention.project(before[None])
         mixed = layer.attention.mix(projected)
-        written.append(layer.attention.write_each(mixed))
+        written.append(layer.attention_parts(mixed))
         after = before + layer.attention.write(mixed)
     before_mlp = before if layer.is_parallel else after
     if layer.mlp is not None:
-        hidden = layer.mlp.expand(before_mlp)
-        written.append(layer.mlp.contract(hidden)[None])
-        after = after + written[-1][0]
-    return after, jnp.concatenate(written), Tape(before, projected, before_mlp, hidden)
+        hidden, of_mlp = layer.run_mlp(before_mlp[None])
+        written.append(of_mlp)
+        after = layer.after_mlp(after, of_mlp)
+    before_stream = None if layer.splits.stream is None else before
+    return after, jnp.concatenate(written), Tape(before_stream, before, projected, before_mlp, hidden)

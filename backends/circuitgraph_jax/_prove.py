@@ -134,12 +134,12 @@ def _worst(parts: Parts, engine: JaxEngine, prompts: Any, mask: float, forward: 
 
 
 def _stream_error(engine: JaxEngine) -> float:
-    """The stream before each attention, as the model adds it up, against the sum of the writers before it."""
+    """The stream before each layer, as the model adds it up, against the sum of the writers before it."""
     errors = [0.0]
     for batch in engine.batches:
         run = batch.live
         summed = source_streams(batch.decoder, run.values)
-        starts = np.concatenate([np.asarray(part) for part in summed.before_attention] + [np.asarray(summed.end)[:, None]], axis=1)
+        starts = np.concatenate([np.asarray(part) for part in summed.starts] + [np.asarray(summed.end)[:, None]], axis=1)
         errors.append(relative(starts, np.asarray(run.streams)))
     return float(np.max(errors))
 

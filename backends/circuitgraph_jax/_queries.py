@@ -80,7 +80,7 @@ def live(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Live:
     def one(ids: Array) -> Live:
         x = decoder.embed(ids)
         run = live_run(decoder, x, jnp.zeros((decoder.visible.shape[1], 1, x.shape[-1]), x.dtype))
-        return Live(run.bank, jnp.concatenate([*(tape.before_attention for tape in run.tapes), run.end[None]]))
+        return Live(run.bank, jnp.concatenate([*(tape.start for tape in run.tapes), run.end[None]]))
 
     return jax.vmap(one)(tokens)
 
@@ -138,7 +138,7 @@ def moved(decoder: Decoder, mask: Float[Array, "readers writers"], start: Int[Ar
     def one(masking: Masking, kept: Kept, said: Array) -> Kept:
         _, bank = resumed(decoder, start, kept, said, masking, again)
         streams = SourceStreams.of(decoder, bank + said)
-        return Kept(jnp.concatenate([*streams.before_attention, streams.end[None]]), bank)
+        return Kept(jnp.concatenate([*streams.starts, streams.end[None]]), bank)
 
     return jax.vmap(one)(_masking(decoder, mask, source, None), kept, source.values)
 

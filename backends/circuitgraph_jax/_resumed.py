@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -13,8 +14,7 @@ from jax import Array, lax
 from circuitgraph._liveness import ALL, DEAD, Extent
 from circuitgraph._sites import Sites
 from circuitgraph_jax._decoder import Decoder
-from circuitgraph_jax._forward import Edges, LayerMasking, Masking
-from circuitgraph_jax._joints import Layer
+from circuitgraph_jax._forward import Edges, Masking, Step, run_layer
 from circuitgraph_jax._run import keep
 
 if TYPE_CHECKING:
@@ -42,17 +42,14 @@ class Again(eqx.Module):
         return cls(jnp.asarray(np.array(heads, dtype=bool)), jnp.asarray(np.array(mlps, dtype=np.int32)))
 
     @classmethod
-    def everything(cls, sites: Sites) -> Again:
-        n_layers = len(sites.layers)
+    def everything(cls, n_layers: int) -> Again:
         return cls(jnp.asarray(np.ones(n_layers, dtype=bool)), jnp.asarray(np.full(n_layers, ALL, dtype=np.int32)))
 
 
-class Step(eqx.Module):
+class _Step(eqx.Module):
     """What one layer is given; with a leading axis, those of a stack."""
 
-    layer: Layer
-    masking: LayerMasking
-    first_writer: Int[Array, ""]
+    here: Step
     again: Again
 
 
@@ -67,48 +64,50 @@ def resumed(
     """The logits' input and the bank of a run that is the kept one up to layer `start`, and after it wherever nothing is recomputed.
 
     What is dead says what it said in the kept run, to the stream and to the bank alike, so that a reader that does not hear it hears the
-    source exactly.
+    source exactly. A layer with parts is always run anew.
     """
     stream, bank = kept.streams[start], kept.differences[:1]
     for number, place in enumerate(decoder.places):
         layers = slice(place.layer, place.layer + place.n_layers)
         parts = Again(again.attention[layers], again.mlp[layers])
-        steps = Step(decoder.stacks[number], masking.steps(decoder, number), place.first_writers, parts)
+        steps = _Step(Step(decoder.stacks[number], masking.steps(decoder, number), place.first_writers), parts)
 
-        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: Step = steps) -> tuple[Array, Array]:
-            return _layer(*carry, source, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps))
+        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: _Step = steps) -> tuple[Array, Array]:
+            now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps)
+            return run_layer(*carry, source, now.here)[0] if now.here.layer.is_divided else _layer(*carry, source, now.here, now.again)
 
         bank = jnp.concatenate([bank, kept.differences[place.writer : place.end_writer]])
         stream, bank = lax.fori_loop(jnp.clip(start - place.layer, 0, place.n_layers), place.n_layers, step, (stream, bank))
     return masking.read_end(stream, bank), bank
 
 
-def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_model"], here: Step) -> tuple[Array, Array]:
+def _layer(stream: Array, bank: Array, source: Float[Array, "writers span d_model"], here: Step, again: Again) -> tuple[Array, Array]:
+    """One layer of which nothing is in parts."""
     layer, writer, after = here.layer, here.first_writer, stream
     if layer.attention is not None:
-        attention, said = layer.attention, lax.dynamic_slice_in_dim(source, writer, layer.n_heads)
+        attention, said = layer.attention, lax.dynamic_slice_in_dim(source, writer, layer.n_attention_writers)
 
         def attend() -> Array:
             return attention.write_each(attention.mix(attention.project(here.masking.read_attention(layer, stream, bank)))) - said
 
-        changed = lax.cond(here.again.attention, attend, lambda: lax.dynamic_slice_in_dim(bank, writer, layer.n_heads))
+        changed = lax.cond(again.attention, attend, lambda: lax.dynamic_slice_in_dim(bank, writer, layer.n_attention_writers))
         bank = keep(bank, changed, writer)
         after = stream + (changed + said).sum(0)
         after = after if attention.constant is None else after + attention.constant
     if layer.mlp is not None:
-        mlp, at = layer.mlp, writer + layer.n_heads
+        mlp, at = layer.mlp, writer + layer.n_attention_writers
         said, before = lax.dynamic_slice_in_dim(source, at, 1)[0], stream if layer.is_parallel else after
         known = lax.dynamic_slice_in_dim(bank, at, 1)[0]
 
         def everywhere() -> Array:
-            return mlp(here.masking.read_mlp(layer, before, bank)) - said
+            return mlp(here.masking.read_mlp(layer, before, bank)[0]) - said
 
         def at_the_end() -> Array:
-            there = LayerMasking(here.masking.edges, here.masking.before_attention, here.masking.before_mlp[-1:])
-            return known.at[-1:].set(mlp(there.read_mlp(layer, before[-1:], bank[:, -1:])) - said[-1:])
+            there = replace(here.masking, before_mlp=here.masking.before_mlp[-1:])
+            return known.at[-1:].set(mlp(there.read_mlp(layer, before[-1:], bank[:, -1:])[0]) - said[-1:])
 
         last = at_the_end if isinstance(here.masking.edges, Edges) else everywhere  # edges by span are read at all positions
-        changed = lax.switch(here.again.mlp, (lambda: known, last, everywhere))
+        changed = lax.switch(again.mlp, (lambda: known, last, everywhere))
         bank = keep(bank, changed[None], at)
         after = after + changed + said
     return after, bank

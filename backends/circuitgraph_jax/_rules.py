@@ -45,14 +45,14 @@ class Way(eqx.Module):
             projected = jnp.concatenate([askers, projected[attention.n_askers :]])
         return attention.mix(projected)
 
-    def contract(self, mlp: MLP, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position d_model"]:
-        """`mlp.contract`."""
+    def inner(self, mlp: MLP, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position width"]:
+        """`mlp.inner`."""
         own: Callable[[Array], Array] = ACTIVATIONS[mlp.activation]
         act = _by_ratio(own) if self.rule.activations == "ratio" else own
         if len(hidden) == 1:
-            return mlp.finish(act(hidden[0]))
+            return act(hidden[0])
         product = act(hidden[1]) * hidden[0]
-        return mlp.finish(_halved(product) if self.rule.gates == "half" else product)
+        return _halved(product) if self.rule.gates == "half" else product
 
 
 class FrozenNorm(eqx.Module):
@@ -67,6 +67,9 @@ class FrozenNorm(eqx.Module):
         self, parts: Float[Array, "heads position d_model"], total: Float[Array, "position d_model"]
     ) -> Float[Array, "heads position d_model"]:
         return self.norm.scaled_parts(parts, lax.stop_gradient(self.norm.scale(total)))
+
+    def bare(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        return self.norm.bare_scaled(x, lax.stop_gradient(self.norm.scale(x)))
 
 
 def _with_frozen_norms(decoder: Decoder) -> Decoder:

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 
 class Tape(eqx.Module):
-    """What the backward pass needs of each layer of a stack (`None` where the layer has no such joint)."""
+    """What the backward pass needs of each layer of a stack (`None` where the layer has no such joint, or has it in parts)."""
 
+    before_stream: Float[Array, "position d_model"] | None
     before_attention: Float[Array, "position d_model"]
     projected: Float[Array, "readers position head_dim"] | None
     before_mlp: Float[Array, "position d_model"]
     hidden: tuple[Float[Array, "position width"], ...] | None
+
+    @property
+    def start(self) -> Float[Array, "position d_model"]:
+        """The stream that came to the layer."""
+        return self.before_attention if self.before_stream is None else self.before_stream
 
 
 class Run(eqx.Module):

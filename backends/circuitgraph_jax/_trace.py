@@ -18,7 +18,7 @@ from circuitgraph._linear import LinearRun
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph._refinement import Refinement
+from circuitgraph._refinement import Refinement, check_size, refined, refinements_record
 from circuitgraph._sites import Sites
 from circuitgraph._tensors import tensor
 from circuitgraph_jax._batch import Parts
@@ -29,6 +29,7 @@ from circuitgraph_jax._engine import JaxEngine, check_lengths
 from circuitgraph_jax._load import Checkpoint, load, with_prefix
 from circuitgraph_jax._prove import Proof, checks, prove
 from circuitgraph_jax._queries import plain_logits
+from circuitgraph_jax._seen import seen_by, width_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,6 +51,7 @@ class JaxModel:
     _parts: Parts
     _weights: Callable[[], str]
     _forward: Callable[[Any], Any] | None
+    refinements: tuple[Refinement, ...] = ()
 
     @property
     def graph(self) -> Graph:
@@ -72,6 +74,7 @@ class JaxModel:
             "backend": "jax",
             "proved_against": self.proof.original,
             "versions": {"jax": jax.__version__, "equinox": equinox.__version__},
+            **refinements_record(self.refinements),
         }
 
     def bind(self, pairs: PromptPairs, metric: Metric | str, source: Source | SourceKind = "corrupted") -> JaxEngine:
@@ -87,10 +90,20 @@ class JaxModel:
         raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
 
     def refined(self, refinements: Sequence[Refinement]) -> JaxModel:
-        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
+        parts = self._parts
+        check_size(parts.sites.graph, refinements, parts.d_model, parts.budget)
+        graph = refined(parts.sites.graph, refinements)
+        for refinement in refinements:
+            refinement.check_width(width_of(parts.decoder, refinement), parts.d_model)
+        with precisely(parts.dtype):
+            decoder = parts.decoder.refined(refinements, graph.visible)
+        cut = replace(parts, decoder=decoder, sites=Sites.of(graph, self.architecture))
+        return replace(self, _parts=cut, refinements=(*self.refinements, *refinements))
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
-        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
+        check_vocabulary(pairs, self.architecture.vocabulary)
+        check_lengths(pairs, self._parts)
+        return seen_by(self._parts, refinement, pairs)
 
     def linear_run(self, tokens: Sequence[int]) -> LinearRun:
         raise CircuitGraphError("attribution graphs: the JAX backend has no linear runs; trace the model with backend='torch'")
