@@ -176,7 +176,7 @@ def _attention(
     write = layer.attention_parts if len(of_heads) > 1 else attention.write  # one gradient for all writers is that of their sum
     mixed, through_mix = jax.vjp(lambda projected: way.mix(attention, projected), tape.projected)
     grad = way.past(here.number, _pull(write, mixed, of_heads if len(of_heads) > 1 else of_heads[0]))
-    heads = Heads(attention, tape.before_attention, tape.projected, grad)
+    heads = Heads(attention, tape.before_attention, tape.projected, grad, layer.n_stream_readers)
     (grad,) = through_mix(grad)
     grad = _pull(attention.project, _each(x, layer.n_attention_readers), grad)
     return grads.add(None if masking is None else masking.of_attention(layer), grad), grad, heads

@@ -38,7 +38,7 @@ def edge_scores(
         scores = _scored(found.of_readers, along, spans)
         if way.rule.patterns != "recomputed" or found.heads is None:
             return scores
-        return scores.at[:, : found.heads.attention.n_askers].set(recomputed(found.heads, along, spans))
+        return scores.at[:, found.heads.askers].set(recomputed(found.heads, along, spans))
 
     *of_stacks, of_end = backward(decoder, run, masking, way, grad_end, scored)
     rows = []

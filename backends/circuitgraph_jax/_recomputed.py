@@ -26,12 +26,18 @@ _WRITERS = 8  # together
 
 
 class Heads(eqx.Module):
-    """A layer's attention in a run at `m = 1`, and the gradient of its heads' mixed values."""
+    """A layer's attention in a run at `m = 1`, and the gradient of its heads' mixed values; its readers are the layer's from `first` on."""
 
     attention: Attention
     x: Float[Array, "position d_model"]
     projected: Float[Array, "readers position head_dim"]
     grad: Float[Array, "heads position head_dim"]
+    first: int = eqx.field(static=True)
+
+    @property
+    def askers(self) -> slice:
+        """Those of the layer's readers that make patterns."""
+        return slice(self.first, self.first + self.attention.n_askers)
 
 
 def recomputed(
