@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import PAIRS, ROWS, Row, every_backend, traced
+from engines import JAX_IN_PARTS, PAIRS, ROWS, Row, every_backend, traced
 
 from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Source, TracedModel, WriterValues
@@ -386,6 +386,26 @@ LAWS: tuple[Law, ...] = (
 @pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_every_law_holds_in_every_row(law: Law, row: Row) -> None:
+    law(row.traced, PAIRS, row.tolerance)
+
+
+LIGHT: tuple[Law, ...] = (
+    what_is_no_edge_counts_for_nothing,
+    explicit_values_replace_the_source_of_every_query,
+    answers_have_their_shapes,
+    a_mask_may_be_of_any_numbers,
+    asking_changes_nothing,
+    questions_without_an_answer_are_refused,
+    bad_masks_are_refused,
+    bad_questions_are_refused,
+    a_model_says_what_it_is,
+)
+"""Those that ask nothing, or one metric of prompts of one length: what JAX compiles for one of them does for all."""
+
+
+@pytest.mark.parametrize("row", JAX_IN_PARTS, ids=str)
+@pytest.mark.parametrize("law", LIGHT, ids=lambda law: law.__name__)
+def test_light_laws_hold_in_jax_with_parts(law: Law, row: Row) -> None:
     law(row.traced, PAIRS, row.tolerance)
 
 
