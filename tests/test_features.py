@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import SHORT, traced
 
 import circuitgraph as cg
 from circuitgraph import CircuitGraphError
@@ -121,9 +122,11 @@ def test_from_a_model_to_a_picture_of_features(tmp_path: Path) -> None:
         save_mib(best, tmp_path / "mib.json")
 
 
-def test_jax_says_that_it_cannot_yet() -> None:
-    with pytest.raises(CircuitGraphError, match="the JAX backend does not divide components yet"):
-        refine("zoo:induction-2l", {"r1": random_dictionary(width=64, reads="stream")}, "induction", prompts=4, backend="jax")
+def test_jax_chooses_the_same_features() -> None:
+    dictionaries: dict[str, Any] = {"m0": Neurons(), "r1": random_dictionary(3, width=16, n_features=20, reads="stream")}
+    by_reference, by_jax = (refine(traced(backend, "gpt2"), dictionaries, SHORT, top=4) for backend in ("reference", "jax"))
+    assert by_jax.graph == by_reference.graph
+    assert by_jax.provenance["refined"][1]["fold"]["share"] == pytest.approx(by_reference.provenance["refined"][1]["fold"]["share"])
 
 
 def test_sparse_feature_circuits_are_what_two_thresholds_leave() -> None:

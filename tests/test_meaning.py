@@ -35,9 +35,10 @@ def test_examples_are_the_prompts_of_the_largest_activations() -> None:
         assert card.frequency == pytest.approx(np.mean(np.concatenate(activations) > 0))
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_logit_weights_are_the_direct_effect(family: str) -> None:
-    """Of every kind of part, in PyTorch as in the reference."""
+def test_logit_weights_are_the_direct_effect(family: str, backend: str) -> None:
+    """Of every kind of part, in the backends as in the reference."""
     wide: dict[str, Any] = {"width": 16}
     for component, dictionary in (
         ("m1", random_dictionary(1, **wide)),
@@ -47,7 +48,7 @@ def test_logit_weights_are_the_direct_effect(family: str) -> None:
         ("m0", Neurons()),
     ):
         refinement = Refinement(Component.parse(component), dictionary, (0, 3, 5))
-        got, wanted = (traced(backend, family).logit_weights(refinement, [0, 3, 5]) for backend in ("torch", "reference"))
+        got, wanted = (traced(name, family).logit_weights(refinement, [0, 3, 5]) for name in (backend, "reference"))
         np.testing.assert_allclose(got, wanted, atol=1e-5)
         assert got.shape == (3, 30)
         np.testing.assert_allclose(got.mean(axis=1), 0, atol=1e-6)

@@ -1,5 +1,5 @@
-"""Components in parts: what holds of any dictionary, in the numpy reference and in the backends beside it. (All laws of engines hold too, in
-test_engine_laws.)"""
+"""Components in parts: what holds of any dictionary, in the numpy reference and in the backends beside it. (All laws of engines hold too,
+in test_engine_laws.)"""
 
 from __future__ import annotations
 

@@ -72,6 +72,10 @@ class Decoder(eqx.Module):
         y = (y if bias is None else y + bias) * self.logit_scale
         return y if self.logit_softcap is None else jnp.tanh(y / self.logit_softcap) * self.logit_softcap
 
+    def weights(self, vectors: Float[Array, "some d_model"]) -> Float[Array, "some vocabulary"]:
+        """What vectors add to the logits with the final norm's scale at 1, before soft-capping."""
+        return (vectors if self.final_norm is None else self.final_norm.unscaled(vectors)) @ self.unembedding.T * self.logit_scale
+
     def refined(self, refinements: Sequence[Refinement], visible: Bool[ndarray, "readers writers"]) -> Decoder:
         """With some components in parts, which stay where they are: the stacks that have none are shared with this decoder."""
         stacks: list[Layer] = []

@@ -53,6 +53,10 @@ class Norm(eqx.Module):
         y = self._gained(x, scale)
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
+    def unscaled(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        """What is linear in the norm: with its scale at 1, and without the bias."""
+        return self._gained(x, jnp.ones((), x.dtype)).astype(x.dtype)
+
     def bare(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """The norm without gain and bias."""
         return self.bare_scaled(x, self.scale(x))

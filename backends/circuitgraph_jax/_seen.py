@@ -1,8 +1,9 @@
-"""What a dictionary reads in the model's own run: the stream, what a component says or reads, what its heads mix, what its neurons are."""
+"""What a dictionary reads in the model's own run: the stream, what a component says or reads, what its heads mix, what its neurons are; and
+what its features add to the logits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from circuitgraph._dictionary import Neurons
 from circuitgraph._pairs import PromptPairs
 from circuitgraph._refinement import Refinement
 from circuitgraph_jax._batch import Parts
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import precisely
 from circuitgraph_jax._layer import Layer
-from circuitgraph_jax._splits import side_by_side, transcoded
+from circuitgraph_jax._splits import projection, side_by_side, transcoded
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -36,8 +38,23 @@ def width_of(decoder: Decoder, refinement: Refinement) -> int:
     return stack.attention.n_heads * int(stack.attention.out_weights.shape[-2])
 
 
+def logit_weights(decoder: Decoder, refinement: Refinement, features: Sequence[int]) -> Float[Array, "features vocabulary"]:
+    """The direct effect on the logits of what features say at activation 1."""
+    number, dictionary, chosen = refinement.component.layer, refinement.dictionary, np.asarray(features, dtype=int)
+    if isinstance(dictionary, Neurons):
+        mlp = decoder.layer(number).mlp
+        assert mlp is not None
+        return decoder.weights(mlp.down.T[chosen] * mlp.scale)
+    rows = jnp.asarray(dictionary.decoder[chosen], decoder.embedding.dtype)
+    if dictionary.reads == "attn_z":
+        attention = decoder.layer(number).attention
+        assert attention is not None
+        rows = rows @ projection(attention)
+    return decoder.weights(rows)
+
+
 def seen_by(parts: Parts, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
-    """For each clean prompt, then for each corrupted one."""
+    """For each clean prompt, then for each corrupted one; one by one, so that JAX compiles for each length once."""
     number, reads = refinement.component.layer, refinement.dictionary.reads
     with precisely(parts.dtype):
         layer = None if reads == "stream" else parts.decoder.layer(number)

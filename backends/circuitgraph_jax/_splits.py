@@ -97,13 +97,13 @@ class MixedSplit(eqx.Module):
 
     def __call__(self, attention: Attention, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "writers position d_model"]:
         z = side_by_side(mixed)
-        return self.output(z, z) @ _projection(attention)
+        return self.output(z, z) @ projection(attention)
 
     def constant(self, attention: Attention) -> Float[Array, " d_model"] | None:
         said, own = self.output.constant, attention.constant
         if said is None:
             return own
-        projected = said @ _projection(attention)
+        projected = said @ projection(attention)
         return projected if own is None else projected + own
 
 
@@ -220,5 +220,6 @@ def side_by_side(mixed: Float[Array, "heads position head_dim"]) -> Float[Array,
     return jnp.moveaxis(mixed, 0, 1).reshape(mixed.shape[1], -1)
 
 
-def _projection(attention: Attention) -> Float[Array, "width d_model"]:
+def projection(attention: Attention) -> Float[Array, "width d_model"]:
+    """From the heads' mixed values to what they add to the stream."""
     return attention.out_weights.reshape(-1, attention.out_weights.shape[-1]) * attention.scale

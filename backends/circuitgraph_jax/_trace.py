@@ -29,7 +29,7 @@ from circuitgraph_jax._engine import JaxEngine, check_lengths
 from circuitgraph_jax._load import Checkpoint, load, with_prefix
 from circuitgraph_jax._prove import Proof, checks, prove
 from circuitgraph_jax._queries import plain_logits
-from circuitgraph_jax._seen import seen_by, width_of
+from circuitgraph_jax._seen import logit_weights, seen_by, width_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,13 +82,6 @@ class JaxModel:
         wanted = source if isinstance(source, Source) else Source(source)
         return JaxEngine(self._parts, pairs, metric_named(metric), wanted)
 
-    @property
-    def refinements(self) -> tuple[Refinement, ...]:
-        return ()
-
-    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
-        raise CircuitGraphError("refine: the JAX backend does not divide components yet; trace the model with backend='torch'")
-
     def refined(self, refinements: Sequence[Refinement]) -> JaxModel:
         parts = self._parts
         check_size(parts.sites.graph, refinements, parts.d_model, parts.budget)
@@ -104,6 +97,11 @@ class JaxModel:
         check_vocabulary(pairs, self.architecture.vocabulary)
         check_lengths(pairs, self._parts)
         return seen_by(self._parts, refinement, pairs)
+
+    def logit_weights(self, refinement: Refinement, features: Sequence[int]) -> Float[ndarray, "features vocabulary"]:
+        with precisely(self._parts.dtype):
+            weights = np.asarray(logit_weights(self.module, refinement, features), dtype=np.float64)
+        return weights - weights.mean(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
     def linear_run(self, tokens: Sequence[int]) -> LinearRun:
         raise CircuitGraphError("attribution graphs: the JAX backend has no linear runs; trace the model with backend='torch'")
