@@ -394,7 +394,6 @@ LIGHT: tuple[Law, ...] = (
     explicit_values_replace_the_source_of_every_query,
     answers_have_their_shapes,
     a_mask_may_be_of_any_numbers,
-    asking_changes_nothing,
     questions_without_an_answer_are_refused,
     bad_masks_are_refused,
     bad_questions_are_refused,
