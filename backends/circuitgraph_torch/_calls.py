@@ -52,7 +52,7 @@ def forward_arguments(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 
 def original_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The untouched model's logits, `[prompts, position, vocabulary]`."""
-    with undisturbed(model), _too_long(ids):
+    with undisturbed(model), too_long(ids):
         out = model(ids, **forward_arguments(model, ids))
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if logits is None:
@@ -92,7 +92,7 @@ def attention_calls(model: nn.Module, paths: Sequence[str], length: int, device:
 
 
 @contextmanager
-def _too_long(ids: Tensor) -> Iterator[None]:
+def too_long(ids: Tensor) -> Iterator[None]:
     """A position or a token that the model has no embedding for is found out by an embedding's lookup."""
     try:
         yield
@@ -105,7 +105,7 @@ def _too_long(ids: Tensor) -> Iterator[None]:
 def _run_until(model: nn.Module, ids: Tensor, hooks: Sequence[tuple[str, Callable[..., None]]]) -> None:
     handles = [model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True) for path, hook in hooks]
     try:
-        with undisturbed(model), _too_long(ids):
+        with undisturbed(model), too_long(ids):
             model(ids, **forward_arguments(model, ids))
     except _Enough:
         return

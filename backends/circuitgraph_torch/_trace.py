@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from circuitgraph._architecture import Architecture
+from circuitgraph._dictionary import Dictionary
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
@@ -20,6 +21,8 @@ from circuitgraph._metrics import NLL, Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._refinement import Refinement, check_size, refined, refinements_record
 from circuitgraph._sites import Sites
+from circuitgraph._training import DictionaryMeasures, Place, SAETraining
+from circuitgraph_torch._activations import Activations
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._engine import TorchEngine
@@ -27,12 +30,15 @@ from circuitgraph_torch._find import find_architecture
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._linear import TorchLinearRun
 from circuitgraph_torch._load import Loaded, load
+from circuitgraph_torch._measures import measured
 from circuitgraph_torch._modes import undisturbed
+from circuitgraph_torch._places import spots
 from circuitgraph_torch._prove import Proof, checks, prove
 from circuitgraph_torch._seen import logit_weights, seen_by, width_of
+from circuitgraph_torch._training import Training
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from numpy import ndarray
 
 _SEEN_AT_ONCE = 8  # prompts
@@ -115,6 +121,17 @@ class TorchModel:
         ids = np.asarray(tokens, dtype=np.int64)
         check_vocabulary(PromptPairs([ids], [(ids + 1) % self.architecture.vocabulary], [0]), self.architecture.vocabulary)
         return TorchLinearRun(self._parts, self.refinements, ids)
+
+    def trainer(self, place: Place, prompts: Sequence[Int[ndarray, " position"]], settings: SAETraining) -> Training:
+        """A dictionary's training at a place, before its first step. The model itself is run, unrefined, and not changed."""
+        activations = Activations(self.module, spots(self.architecture, place), prompts, settings)
+        return Training(place, activations, settings, name=f"{place.component}-{settings.activation}", model=self.name)
+
+    def measured(
+        self, place: Place, dictionary: Dictionary, prompts: Sequence[Int[ndarray, " position"]], *, first_position: int = 0
+    ) -> DictionaryMeasures:
+        """What a dictionary keeps of a place on these prompts."""
+        return measured(self.module, spots(self.architecture, place), dictionary, prompts, first_position=first_position)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)
