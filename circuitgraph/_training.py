@@ -27,8 +27,8 @@ class SAETraining:
     """How a dictionary is trained. `seed` fixes first weights, held-out prompts and order, so the same settings and data give the same result.
 
     `n_features`: how many. `k`: how many are active at a position; with `activation` "topk" exactly so, at most (Gao et al. 2024,
-    arXiv:2406.04093), with "jumprelu" in the mean, by a penalty of `sparsity * (L0 / k - 1)^2` whose gradient goes to the thresholds
-    through a rectangle of width `bandwidth` (Rajamanoharan et al. 2024, arXiv:2407.14435).
+    arXiv:2406.04093), with "jumprelu" in the mean, by a penalty of `sparsity * (L0 / k - 1)^2` whose gradient passes the
+    thresholds through a rectangle of width `bandwidth` (Rajamanoharan et al. 2024, arXiv:2407.14435).
     `steps` of `batch` positions each, with Adam at `learning_rate`, which rises over the first twentieth and falls to 0 over the last fifth.
     Losses, thresholds and `bandwidth` are in units in which what is reconstructed has variance 1 per dimension.
 
@@ -51,7 +51,7 @@ class SAETraining:
     auxiliary: float = 1 / 32
     dead_after: int = 100_000
     sparsity: float = 0.1
-    bandwidth: float = 0.3
+    bandwidth: float = 1.0
     context: int = 128
     first_position: int = 0
     held_out: float = 0.1
@@ -101,9 +101,9 @@ class Place:
         kind = OF.get(wanted, "m")
         if kind != found.kind:
             raise CircuitGraphError(f"train: {component} has no {wanted}; that is a place of a component such as {kind}{found.layer}")
-        if not _is_there(found, architecture):
-            last = len(architecture.blocks) - (found.kind != "r")
-            raise CircuitGraphError(f"train: the model has no {component}; its layers are 0 to {last}")
+        if found.name not in _components(architecture):
+            known = [name for name in _components(architecture) if name[0] == found.kind]
+            raise CircuitGraphError(f"train: the model has no {component}; there are {', '.join(known) or 'none of that kind'}")
         return cls(found, wanted)
 
     @property
@@ -114,12 +114,11 @@ class Place:
         return f"{self.component} {self.reads}"
 
 
-def _is_there(component: Component, architecture: Architecture) -> bool:
-    n_layers = len(architecture.blocks)
-    if component.kind == "r":
-        return component.layer <= n_layers
-    block = architecture.blocks[component.layer] if component.layer < n_layers else None
-    return block is not None and (block.mlp if component.kind == "m" else block.attention) is not None
+def _components(architecture: Architecture) -> list[str]:
+    found = [f"r{layer}" for layer in range(len(architecture.blocks) + 1)]
+    for layer, block in enumerate(architecture.blocks):
+        found += [f"a{layer}"] * (block.attention is not None) + [f"m{layer}"] * (block.mlp is not None)
+    return found
 
 
 @dataclass(frozen=True)

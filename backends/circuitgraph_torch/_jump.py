@@ -1,10 +1,13 @@
-"""JumpReLU and the step function with straight-through gradients for their thresholds (Rajamanoharan et al. 2024, arXiv:2407.14435).
+"""JumpReLU and the step function with straight-through gradients (Rajamanoharan et al. 2024, arXiv:2407.14435).
 
 Neither has a useful gradient in its threshold `t`. The gradient of the expected loss is estimated with a rectangle of width `bandwidth`
 around it, `K = 1[|z - t| < bandwidth / 2] / bandwidth`:
 
-    d jump(z, t) / dt = -t K        jump(z, t) = z where z > t, else 0
-    d step(z, t) / dt = -K          step(z, t) = 1 where z > t, else 0
+    d jump(z, t) / dt = -t K                              jump(z, t) = z where z > t, else 0
+    d step(z, t) / dt = -K        d step(z, t) / dz = K   step(z, t) = 1 where z > t, else 0
+
+The last is not the paper's: as Conerly et al. 2025 ("Dictionary learning optimization techniques"), the penalty on the number of active
+features reaches the encoder too. With thresholds alone, most features of a small dictionary fell below theirs for good.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ def jump_relu(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def step(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """1 where a feature is active. Its gradient goes to the thresholds alone."""
+    """1 where a feature is active."""
     on: Tensor = _Step.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]
     return on
 
@@ -52,6 +55,7 @@ class _Step(Function):
         return (z > threshold).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         z, threshold = ctx.saved_tensors
-        return None, -(_near(z, threshold, ctx.bandwidth) * grads[0]).sum(0), None
+        near = _near(z, threshold, ctx.bandwidth) * grads[0]
+        return near, -near.sum(0), None

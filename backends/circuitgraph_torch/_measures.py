@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from circuitgraph._dictionary import Dictionary
+from circuitgraph._errors import CircuitGraphError
 from circuitgraph._training import DictionaryMeasures
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._places import Spot, batches, changed, seen_at
@@ -34,6 +35,7 @@ def measured(
         ids = torch.from_numpy(rows).to(device)
         with torch.no_grad():
             x, y = (value.float() for value in seen_at(model, wanted, ids))
+            _check_widths(dictionary, x, y)
             f = on_device.encode(x)
             y_hat = on_device.decode(x, f)
         sums.add(*(value[:, first_position:].flatten(0, 1) for value in (y, y_hat, f)))
@@ -42,6 +44,15 @@ def measured(
         n_next += ids[:, 1:].numel()
     loss, spliced, zero = (losses / max(1, n_next)).tolist()
     return DictionaryMeasures(sums.positions, sums.live, sums.l0, sums.explained_variance, loss, spliced, zero)
+
+
+def _check_widths(dictionary: Dictionary, x: Tensor, y: Tensor) -> None:
+    got, wanted = (dictionary.d_in, int(dictionary.decoder.shape[1])), (x.shape[-1], y.shape[-1])
+    if got != wanted:
+        raise CircuitGraphError(
+            f"measure: {dictionary.name} maps {got[0]} numbers to {got[1]}, and {dictionary.reads} has {wanted[0]}, of which it must make "
+            f"{wanted[1]}; take a dictionary that was trained on this component of this model"
+        )
 
 
 class _Sums:

@@ -70,13 +70,13 @@ class Training:
         left = y - (f @ self._w["decoder"] + self._w["decoder_bias"])
         unexplained = left.square().mean()
         loss = unexplained + penalty + self._auxiliary(z, left.detach())
-        if not math.isfinite(float(loss)):
-            raise CircuitGraphError(f"train {self._place}: the loss of step {self.step + 1:,} is {float(loss)}; take a smaller learning_rate")
+        if not math.isfinite(loss.item()):
+            raise CircuitGraphError(f"train {self._place}: the loss of step {self.step + 1:,} is {loss.item()}; take a smaller learning_rate")
         self._descend(loss)
         is_on = f.detach() > 0
         self._idle = torch.where(is_on.any(0), 0, self._idle + len(x))
         self.step += 1
-        return StepNumbers(float(unexplained), float(is_on.sum(-1, dtype=torch.float32).mean()), 1 - float(self._dead.float().mean()))
+        return StepNumbers(unexplained.item(), float(is_on.sum(-1, dtype=torch.float32).mean()), 1 - float(self._dead.float().mean()))
 
     @property
     def _w(self) -> dict[str, nn.Parameter]:

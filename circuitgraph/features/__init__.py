@@ -7,6 +7,8 @@ from circuitgraph._refinement import Refinement as Refinement
 from circuitgraph.features._attribution import AttributionGraph as AttributionGraph
 from circuitgraph.features._attribution import AttributionNode as AttributionNode
 from circuitgraph.features._attribution import attribution_graph as attribution_graph
+from circuitgraph._training import DictionaryMeasures as DictionaryMeasures
+from circuitgraph._training import SAETraining as SAETraining
 from circuitgraph.features._load import load_dictionary as load_dictionary
 from circuitgraph.features._load import load_transcoders as load_transcoders
 from circuitgraph.features._meaning import Example as Example
@@ -23,3 +25,6 @@ from circuitgraph.features._picture import render_attribution as render_attribut
 from circuitgraph.features._refine import refine as refine
 from circuitgraph.features._saelens import from_saelens as from_saelens
 from circuitgraph.features._saelens import save_dictionary as save_dictionary
+from circuitgraph.features._train import Trained as Trained
+from circuitgraph.features._train import measure as measure
+from circuitgraph.features._train import train as train

@@ -37,7 +37,8 @@ _HOOKS: tuple[tuple[str, Reads, int], ...] = (  # the end of a hook's name, what
     ("hook_mlp_in", "mlp_stream", 0),
     ("hook_resid_mid", "mlp_stream", 0),
 )
-_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_OURS = "topk_transcoder"  # SAELens has none; written in the same form, for us to read
+_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", _OURS)
 _KNOWN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", *_TRANSCODERS)
 
 
@@ -105,7 +106,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _activation(architecture: str, config: Mapping[str, Any], weights: _Weights) -> dict[str, Any]:
     if architecture == "gated":
         return {"activation": "gated", "magnitude_scale": np.exp(weights["r_mag"]), "magnitude_bias": weights["b_mag"]}
-    if architecture == "topk":
+    if architecture in ("topk", _OURS):
         k = config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
         return {"activation": "topk", "k": None if k is None else int(k)}
     if architecture.startswith("jumprelu"):
@@ -162,7 +163,8 @@ class _Weights:
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
     """Write a dictionary as SAELens does, in float32, for us or for SAELens to read.
 
-    Raises `FileError` where it cannot be written, `CircuitGraphError` for what SAELens has no form for.
+    SAELens has no TopK transcoders; one is written as "topk_transcoder", which only `load_dictionary` reads. Raises `FileError` where it cannot
+    be written, `CircuitGraphError` for anything else that SAELens has no form for.
     """
     import safetensors.numpy
 
@@ -180,10 +182,11 @@ def to_saelens(dictionary: Dictionary) -> tuple[dict[str, Any], dict[str, ndarra
     tensors = {"W_enc": dictionary.encoder, "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias}
     architecture: str = {"relu": "standard"}.get(dictionary.activation, dictionary.activation)
     if dictionary.is_transcoder:
-        if dictionary.activation not in ("relu", "jumprelu"):
+        is_ours = dictionary.activation == "topk" and dictionary.skip is None
+        if dictionary.activation not in ("relu", "jumprelu") and not is_ours:
             raise CircuitGraphError(f"{dictionary.name}: SAELens has no {dictionary.activation} transcoders")
         parts = [*["jumprelu"] * (dictionary.activation == "jumprelu"), *["skip"] * (dictionary.skip is not None), "transcoder"]
-        architecture = "_".join(parts)
+        architecture = _OURS if is_ours else "_".join(parts)
     if dictionary.activation == "gated":
         tensors |= {
             "b_gate": dictionary.encoder_bias,
