@@ -24,12 +24,13 @@ _BY_KIND: dict[str, Reads] = {"m": "mlp_out", "a": "attn_out", "r": "stream"}
 
 @dataclass(frozen=True)
 class SAETraining:
-    """How a dictionary is trained. `seed` fixes first weights, held-out prompts and order, so the same settings and data give the same result.
+    """How a dictionary is trained. `seed` fixes first weights, held-out prompts and order: the same settings and data give the same result.
 
     `n_features`: how many. `k`: how many are active at a position; with `activation` "topk" exactly so, at most (Gao et al. 2024,
     arXiv:2406.04093), with "jumprelu" in the mean, by a penalty of `sparsity * (L0 / k - 1)^2` whose gradient passes the
     thresholds through a rectangle of width `bandwidth` (Rajamanoharan et al. 2024, arXiv:2407.14435).
-    `steps` of `batch` positions each, with Adam at `learning_rate`, which rises over the first twentieth and falls to 0 over the last fifth.
+    `steps` of `batch` positions each, with Adam at `learning_rate`, which rises over the first twentieth and falls to 0 over the last
+    fifth.
     Losses, thresholds and `bandwidth` are in units in which what is reconstructed has variance 1 per dimension.
 
     A feature that was not active for `dead_after` positions is dead: it is trained to reconstruct what the others leave, by an auxiliary
@@ -129,8 +130,8 @@ class DictionaryMeasures:
     `explained_variance`: `1 - sum |y - y_hat|^2 / sum |y - mean(y)|^2` over positions, with `y` what is reconstructed (a transcoder's: what
     the MLP says).
     `loss`, `spliced_loss`, `zero_loss`: the mean cross-entropy of the next token, in nats, of the model, of the model with `y_hat` in
-    place of `y`, and with 0 in place of `y`. `loss_recovered`: `(zero_loss - spliced_loss) / (zero_loss - loss)`, the share of what the place
-    does for the loss that the dictionary keeps; not a number where the place does nothing for it (under 1e-4 nats).
+    place of `y`, and with 0 in place of `y`. `loss_recovered`: `(zero_loss - spliced_loss) / (zero_loss - loss)`, the share of what the
+    place does for the loss that the dictionary keeps; not a number where the place does nothing for it (under 1e-4 nats).
     """
 
     positions: int

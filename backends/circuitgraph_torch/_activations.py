@@ -84,7 +84,9 @@ def _cut(prompts: Sequence[Int[ndarray, " position"]], settings: SAETraining) ->
     """Into chunks of about `buffer` positions; what is left at the end and makes no batch goes to the chunk before."""
     total, size = _positions(prompts, settings), max(settings.buffer, settings.batch)
     if total < settings.batch:
-        raise CircuitGraphError(f"train: the prompts have {total:,} positions, and a batch has {settings.batch:,}; give more, or a smaller batch")
+        raise CircuitGraphError(
+            f"train: the prompts have {total:,} positions, and a batch has {settings.batch:,}; give more, or a smaller batch"
+        )
     chunks: list[list[Int[ndarray, " position"]]] = [[]]
     filled = 0
     for prompt in prompts:

@@ -25,7 +25,12 @@ _AT_ONCE = 1024  # positions; each has a row of logits
 
 
 def measured(
-    model: nn.Module, wanted: tuple[Spot, Spot], dictionary: Dictionary, prompts: Sequence[Int[ndarray, " position"]], *, first_position: int
+    model: nn.Module,
+    wanted: tuple[Spot, Spot],
+    dictionary: Dictionary,
+    prompts: Sequence[Int[ndarray, " position"]],
+    *,
+    first_position: int,
 ) -> DictionaryMeasures:
     """See `DictionaryMeasures`. Positions before `first_position` are left as the model has them."""
     device = next(model.parameters()).device

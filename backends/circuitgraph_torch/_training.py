@@ -9,6 +9,9 @@ With `x` what is read and `y` what is reconstructed, both scaled to variance 1 p
 
 `A` (Gao et al. 2024, section 2.4 and appendix A.2): what `y - y_hat` leaves when it is reconstructed by the `d / 2` dead features of
 largest `relu(z)`, as a share of its mean square. The gradient of `y - y_hat` is not taken there: the living ones are left alone.
+
+What is left is small beside a JumpReLU feature's threshold, so that it would not come back by `A` alone. While it is dead its threshold
+falls, by a hundredth a step; this is ours, from no paper.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 _RISE, _FALL = 1 / 20, 1 / 5  # shares of the steps in which the learning rate rises from 0, and falls to 0
 _BETAS, _EPS = (0.9, 0.999), 6.25e-10  # of Adam, as Gao et al.
 _LARGEST_GRADIENT = 1.0  # its norm over all weights
+_SINKING = 0.01  # of the threshold of a dead JumpReLU feature, in a step
 _NOTHING = 1e-12  # a variance that is rounding
 
 
@@ -58,7 +62,9 @@ class Training:
         self.step = 0
         self._place, self._activations, self._settings = place, activations, settings
         self._name, self._model = name, model
-        self._weights: dict[str, nn.Parameter] | None = None
+        self._weights: dict[str, nn.Parameter] | None = None  # until the first step, or a checkpoint
+        self._scales: Scales
+        self._idle: Tensor  # how many positions ago each feature was active last, `[features]`
 
     def advance(self) -> StepNumbers:
         if self._weights is None:
@@ -71,7 +77,9 @@ class Training:
         unexplained = left.square().mean()
         loss = unexplained + penalty + self._auxiliary(z, left.detach())
         if not math.isfinite(loss.item()):
-            raise CircuitGraphError(f"train {self._place}: the loss of step {self.step + 1:,} is {loss.item()}; take a smaller learning_rate")
+            raise CircuitGraphError(
+                f"train {self._place}: the loss of step {self.step + 1:,} is {loss.item()}; take a smaller learning_rate"
+            )
         self._descend(loss)
         is_on = f.detach() > 0
         self._idle = torch.where(is_on.any(0), 0, self._idle + len(x))
@@ -144,7 +152,7 @@ class Training:
 
     def _descend(self, loss: Tensor) -> None:
         self._adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         decoder = self._w["decoder"]
         assert decoder.grad is not None
         with torch.no_grad():  # along a row only its norm would change, which is 1: Adam would remember that in vain
@@ -155,6 +163,8 @@ class Training:
         self._adam.step()
         with torch.no_grad():
             decoder.copy_(_unit(decoder))
+            if "log_threshold" in self._w and self._settings.auxiliary > 0:
+                self._w["log_threshold"].sub_(_SINKING * self._dead)
 
     def state(self) -> dict[str, ndarray]:
         if self._weights is None:
@@ -211,7 +221,7 @@ def _of_rate(step: int, steps: int) -> float:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(_NOTHING)
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(_NOTHING)
 
 
 def _scale(x: Tensor) -> Tensor:

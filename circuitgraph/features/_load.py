@@ -9,18 +9,21 @@ from typing import Any
 from circuitgraph._dictionary import Dictionary, Reads
 from circuitgraph._errors import CircuitGraphError, FileError
 from circuitgraph.features import _circuit_tracer, _dictionary_learning, _saelens
+from circuitgraph.zoo import PREFIX, zoo_dictionary_path
 
 
 def load_dictionary(source: str | Path, sae_id: str | None = None, *, reads: Reads | None = None) -> Dictionary:
     """A dictionary, by the files that are there: of SAELens (`cfg.json`) or of dictionary_learning (`ae.pt`).
 
-    `source`: a folder; or a repository of the hub, with `sae_id` the folder in it; or, with `sae-lens` installed, the name of a release,
-    with `sae_id` as there. `reads`: what it reads, where its configuration does not say. Raises `FileError`, `CircuitGraphError`.
+    `source`: a folder; a bundled dictionary, `zoo:tiny-english/m1`; a repository of the hub, with `sae_id` the folder in it; or, with
+    `sae-lens` installed, the name of a release, with `sae_id` as there. `reads`: what it reads, where its configuration does not say.
+    Raises `FileError`, `UnknownNameError`, `CircuitGraphError`.
     """
-    folder = Path(source)
+    folder, text = Path(source), str(source)
+    if text.startswith(PREFIX):
+        return _read(zoo_dictionary_path(text), reads)
     if folder.is_dir():
         return _read(folder / sae_id if sae_id else folder, reads)
-    text = str(source)
     if sae_id is not None and importlib.util.find_spec("sae_lens") is not None:
         return _of_release(text, sae_id)
     if sae_id is not None and text.count("/") == 1:

@@ -46,7 +46,8 @@ def train(
     """Train a sparse autoencoder, or a transcoder, of one place of a model.
 
     `model`, `backend`: as in `discover`. `component`: an MLP `m1`, an attention `a1`, the stream before a layer `r1`. `reads`: what of it,
-    by default what the component says; "attn_z"; or "mlp_in" for a transcoder, which reads what the MLP reads and reconstructs what it says.
+    by default what the component says; "attn_z"; or "mlp_in" for a transcoder, which reads what the MLP reads and reconstructs what it
+    says.
     `data`: texts in a list; rows of token ids; prompt pairs, clean and corrupted; or a task, of which `prompts` pairs are drawn.
     `folder`: where the state is saved every `checkpoint_every` steps, and the dictionary in SAELens's format at the end, with
     `training.json`. The same call goes on from what is there and gives what it would have given without a break, to the last bit on the
@@ -96,7 +97,9 @@ def measure(
     """
     traced, trains = _traced(model, backend)
     if component is None and dictionary.layer is None:
-        raise CircuitGraphError(f"measure: {dictionary.name} does not say of which layer it is; give component, such as {dictionary.component}3")
+        raise CircuitGraphError(
+            f"measure: {dictionary.name} does not say of which layer it is; give component, such as {dictionary.component}3"
+        )
     place = Place.of(component or f"{dictionary.component}{dictionary.layer}", dictionary.reads, traced.architecture)
     rows = token_rows(traced, data, context=context, prompts=prompts, seed=seed)
     return trains.measured(place, dictionary, rows, first_position=first_position)

@@ -34,7 +34,9 @@ def token_rows(
         if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
             raise CircuitGraphError(f"train: data[{at}] is {_shown(row)}; expected texts, or rows of token ids")
         if len(row) and not 0 <= row.min() <= row.max() < vocabulary:
-            raise CircuitGraphError(f"train: data[{at}] has token id {_beyond(row, vocabulary)}; the model's vocabulary is 0 to {vocabulary - 1:,}")
+            raise CircuitGraphError(
+                f"train: data[{at}] has token id {_beyond(row, vocabulary)}; the model's vocabulary is 0 to {vocabulary - 1:,}"
+            )
     pieces = [row[start : start + context].astype(np.int64) for row in rows for start in range(0, len(row), context)]
     if not pieces:
         raise CircuitGraphError("train: data has no token; expected texts, token ids, a task or prompt pairs")

@@ -1,7 +1,7 @@
 """The files of a training: where it is, to go on from there. No file is half-written, and none is a pickle.
 
-`checkpoint.json` says what is trained, how many steps are done and which safetensors file holds the state of that step, with its hash. It is
-written last, so that whatever happens it names a whole file.
+`checkpoint.json` says what is trained, how many steps are done and which safetensors file holds the state of that step, with its hash.
+It is written last, so that whatever happens it names a whole file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The bundled models: small trained transformers in Hugging Face format, called `zoo:NAME` wherever a model is asked for."""
+"""The bundled models: small trained transformers in Hugging Face format, called `zoo:NAME` wherever a model is asked for;
+and dictionaries of their components, `zoo:NAME/m1`, for `load_dictionary`."""
 
 from __future__ import annotations
 
@@ -28,6 +29,24 @@ def zoo_path(name: str) -> Path:
     if full not in known:
         raise unknown_name("model", name, known)
     return known[full]
+
+
+def zoo_dictionaries() -> dict[str, Path]:
+    """Every bundled dictionary's name, `zoo:MODEL/COMPONENT`, and its folder."""
+    folders = sorted(config.parent for config in Path(__file__).parent.glob("*/cfg.json"))
+    return {PREFIX + "/".join(folder.name.rsplit("-", 1)): folder for folder in folders}
+
+
+def zoo_dictionary_path(name: str) -> Path:
+    """The folder of a bundled dictionary. Raises `UnknownNameError` with the nearest names.
+
+    >>> zoo_dictionary_path("zoo:tiny-english/m1").name
+    'tiny-english-m1'
+    """
+    known = zoo_dictionaries()
+    if name not in known:
+        raise unknown_name("dictionary", name, known)
+    return known[name]
 
 
 def about(folder: Path) -> str:
