@@ -141,8 +141,12 @@ def test_what_goes_on_from_a_checkpoint_is_what_was_not_interrupted(settings: SA
     again = trained(settings, folder=tmp_path / "run", progress=stops_at(40))  # no step is done again
     assert same(again.dictionary, straight.dictionary)
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
-        "cfg.json", "checkpoint-00000040.safetensors", "checkpoint.json", "sae_weights.safetensors", "training.json",
-    ]  # fmt: skip
+        "cfg.json",
+        "checkpoint-00000040.safetensors",
+        "checkpoint.json",
+        "sae_weights.safetensors",
+        "training.json",
+    ]
     read = load_dictionary(tmp_path / "run")
     assert same(read, straight.dictionary)
     assert (read.layer, read.model) == (1, "zoo:tiny-english")
@@ -183,12 +187,28 @@ def test_what_was_trained_divides_its_component() -> None:
     assert "m1.err" in [writer.name for writer in model.graph.writers]
 
 
-def test_dead_features_come_back() -> None:
-    """Most of many features die; the auxiliary loss brings more of them back than none does."""
-    many = replace(SMALL, n_features=1024, k=2, steps=120, dead_after=1500)
-    revived, left = trained(many).report, trained(replace(many, auxiliary=0)).report
-    assert revived.live > 1.5 * left.live
-    assert revived.explained_variance > left.explained_variance
+def n_revived(activation: Any, auxiliary: float) -> int:
+    """How many of 32 features are active after training that started dead: with small weights, or high thresholds."""
+    model, settings = english(), replace(SMALL, activation=activation, auxiliary=auxiliary, steps=120, dead_after=1000)
+    trainer = model.trainer(Place.of("m1", None, model.architecture), sentences().clean, settings)
+    state = trainer.state()
+    if activation == "topk":
+        state["weight.encoder"][:, 32:] *= 0.05
+    else:
+        state["weight.log_threshold"][32:] += 2
+    trainer.restore(0, state)
+    for _ in range(settings.steps):
+        trainer.advance()
+    d = trainer.dictionary()
+    x = np.concatenate([*model.seen_by(Refinement(Component("m", 1), d, (0,)), sentences().select(range(60)))])
+    return int((d.encode(x)[:, 32:] > 0).any(0).sum())
+
+
+@pytest.mark.parametrize(("activation", "at_least"), [("topk", 12), ("jumprelu", 3)])
+def test_dead_features_come_back(activation: Any, at_least: int) -> None:
+    """By the auxiliary loss, and not without it."""
+    assert n_revived(activation, SMALL.auxiliary) >= at_least
+    assert n_revived(activation, 0) == 0
 
 
 def test_batches_go_through_every_position_once_an_epoch() -> None:
