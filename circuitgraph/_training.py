@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from circuitgraph._dictionary import OF, Dictionary, Reads
 from circuitgraph._errors import CircuitGraphError, unknown_name, whole_number
@@ -76,12 +77,12 @@ class SAETraining:
             _check_number(name, getattr(self, name), lowest=0, is_open=True)
         for name in ("auxiliary", "sparsity"):
             _check_number(name, getattr(self, name), lowest=0)
-        if not 0 < self.held_out < 1:
+        if not isinstance(self.held_out, Real) or not 0 < self.held_out < 1:
             raise CircuitGraphError(f"SAETraining: held_out is {self.held_out!r}; expected a share between 0 and 1")
 
 
-def _check_number(name: str, value: float, *, lowest: float, is_open: bool = False) -> None:
-    if not math.isfinite(value) or value < lowest or (is_open and value == lowest):
+def _check_number(name: str, value: Any, *, lowest: float, is_open: bool = False) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or value < lowest or (is_open and value == lowest):
         raise CircuitGraphError(f"SAETraining: {name} is {value!r}; expected a number {'above' if is_open else 'of at least'} {lowest}")
 
 
@@ -98,13 +99,13 @@ class Place:
         found = Component.parse(component)
         wanted = _BY_KIND.get(found.kind, "") if reads is None else reads
         if wanted not in TRAINED_READS:
-            raise unknown_name(f"reads of a dictionary to train on {component}", wanted, TRAINED_READS)
+            raise unknown_name(f"place of a dictionary of {component}", wanted, TRAINED_READS)
         kind = OF.get(wanted, "m")
         if kind != found.kind:
-            raise CircuitGraphError(f"train: {component} has no {wanted}; that is a place of a component such as {kind}{found.layer}")
+            raise CircuitGraphError(f"{component} has no {wanted}; that is a place of a component such as {kind}{found.layer}")
         if found.name not in _components(architecture):
             known = [name for name in _components(architecture) if name[0] == found.kind]
-            raise CircuitGraphError(f"train: the model has no {component}; there are {', '.join(known) or 'none of that kind'}")
+            raise CircuitGraphError(f"the model has no {component}; there are {', '.join(known) or 'none of that kind'}")
         return cls(found, wanted)
 
     @property
@@ -124,7 +125,7 @@ def _components(architecture: Architecture) -> list[str]:
 
 @dataclass(frozen=True)
 class DictionaryMeasures:
-    """The numbers that people look at, on `positions` positions of text.
+    """The numbers that people look at, of a dictionary on `positions` positions of text.
 
     `live`: the share of features that are active at one of these positions at least. `l0`: how many are active at a position, in the mean.
     `explained_variance`: `1 - sum |y - y_hat|^2 / sum |y - mean(y)|^2` over positions, with `y` what is reconstructed (a transcoder's: what

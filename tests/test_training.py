@@ -238,7 +238,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"component": "m7"}, "the model has no m7; there are m0, m1, m2"),
     ({"component": "x1"}, "'x1' is not the name of a component"),
     ({"reads": "attn_z"}, "m1 has no attn_z; that is a place of a component such as a1"),
-    ({"reads": "mlp_stream"}, "unknown reads of a dictionary to train on m1 'mlp_stream'"),
+    ({"reads": "mlp_stream"}, "unknown place of a dictionary of m1 'mlp_stream'"),
     ({"data": []}, "data has no token"),
     ({"data": [[1, 2, 3]]}, "data has one prompt only"),
     ({"data": 3}, "data is 3; expected texts"),
@@ -269,6 +269,7 @@ def test_one_clear_message(wrong: dict[str, Any], message: str) -> None:
         ({"steps": 0}, "steps: 0; expected a whole number"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a number above 0"),
         ({"held_out": 1.0}, "held_out is 1.0; expected a share"),
+        ({"sparsity": "0.1"}, "sparsity is '0.1'; expected a number of at least 0"),
         ({"first_position": 128}, "first_position is 128; expected less than the context"),
     ],
 )

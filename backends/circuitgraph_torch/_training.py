@@ -38,6 +38,7 @@ _RISE, _FALL = 1 / 20, 1 / 5  # shares of the steps in which the learning rate r
 _BETAS, _EPS = (0.9, 0.999), 6.25e-10  # of Adam, as Gao et al.
 _LARGEST_GRADIENT = 1.0  # its norm over all weights
 _SINKING = 0.01  # of the threshold of a dead JumpReLU feature, in a step
+_SAMPLED = 1 << 24  # pre-activations of which a quantile is taken
 _NOTHING = 1e-12  # a variance that is rounding
 
 
@@ -119,7 +120,8 @@ class Training:
 
     def _first_threshold(self, x: Tensor) -> float:
         """The threshold, the same for all, with which `k` features are active in the mean: training starts at the L0 that it aims at."""
-        z = self._pre_activations(x[:: max(1, len(x) // 4096)] * self._scales.x)
+        n_rows = min(4096, max(1, _SAMPLED // self._settings.n_features))
+        z = self._pre_activations(x[:: max(1, len(x) // n_rows)] * self._scales.x)
         share = self._settings.k / self._settings.n_features
         return max(1e-3, float(np.quantile(z.cpu().numpy(), 1 - share)))
 
@@ -221,7 +223,8 @@ def _of_rate(step: int, steps: int) -> float:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(_NOTHING)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / norms.clamp_min(_NOTHING)
 
 
 def _scale(x: Tensor) -> Tensor:

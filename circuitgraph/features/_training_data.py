@@ -32,14 +32,14 @@ def token_rows(
     vocabulary = traced.architecture.vocabulary
     for at, row in enumerate(rows):
         if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
-            raise CircuitGraphError(f"train: data[{at}] is {_shown(row)}; expected texts, or rows of token ids")
+            raise CircuitGraphError(f"data[{at}] is {_shown(row)}; expected texts, or rows of token ids")
         if len(row) and not 0 <= row.min() <= row.max() < vocabulary:
             raise CircuitGraphError(
-                f"train: data[{at}] has token id {_beyond(row, vocabulary)}; the model's vocabulary is 0 to {vocabulary - 1:,}"
+                f"data[{at}] has token id {_beyond(row, vocabulary)}; the model's vocabulary is 0 to {vocabulary - 1:,}"
             )
     pieces = [row[start : start + context].astype(np.int64) for row in rows for start in range(0, len(row), context)]
     if not pieces:
-        raise CircuitGraphError("train: data has no token; expected texts, token ids, a task or prompt pairs")
+        raise CircuitGraphError("data has no token; expected texts, token ids, a task or prompt pairs")
     return pieces
 
 
@@ -49,7 +49,7 @@ def held_out(
     """The rows to train on, and those to measure on: a share of the different ones, so that no row is both."""
     different = sorted({row.tobytes() for row in rows})
     if len(different) < 2:
-        raise CircuitGraphError("train: data has one prompt only, and one must be kept to measure on; give more, or a smaller context")
+        raise CircuitGraphError("data has one prompt only, and one must be kept to measure on; give more, or a smaller context")
     n_held = min(len(different) - 1, max(1, round(settings.held_out * len(different))))
     chosen = np.random.default_rng([settings.seed, _HELD]).permutation(len(different))[:n_held]
     kept = {different[i] for i in chosen}
@@ -71,13 +71,13 @@ def _rows(traced: TracedModel, data: TrainingData, prompts: int | None, seed: in
     if isinstance(data, (str, Path, Task)):
         data = _pairs(traced, data, prompts, seed)
     elif prompts is not None:
-        raise CircuitGraphError(f"train: prompts is {prompts!r}, which says how many a task is to draw, and data is no task")
+        raise CircuitGraphError(f"prompts is {prompts!r}, which says how many a task is to draw, and data is no task")
     if isinstance(data, PromptPairs):
         return [*data.clean, *data.corrupted]
     try:
         items = list(data)
     except TypeError:
-        raise CircuitGraphError(f"train: data is {_shown(data)}; expected texts, rows of token ids, a task or prompt pairs") from None
+        raise CircuitGraphError(f"data is {_shown(data)}; expected texts, rows of token ids, a task or prompt pairs") from None
     return _tokenised(traced, items) if any(isinstance(item, str) for item in items) else items
 
 
@@ -87,16 +87,16 @@ def _pairs(traced: TracedModel, task: Task | str | Path, prompts: int | None, se
     try:
         loaded = load_task(task)
     except CircuitGraphError as error:
-        raise type(error)(f"train: {error} (texts to train on are given in a list)") from None
+        raise type(error)(f"data: {error} (texts to train on are given in a list)") from None
     return loaded.pairs(traced.tokenizer, prompts, seed, vocabulary=traced.architecture.vocabulary)
 
 
 def _tokenised(traced: TracedModel, texts: Sequence[Any]) -> list[Any]:
     """With the special tokens that the tokenizer itself adds."""
     if traced.tokenizer is None:
-        raise TaskError(f"train: {traced.name} came without a tokenizer; give token ids, or trace it with tokenizer=")
+        raise TaskError(f"{traced.name} came without a tokenizer; give token ids, or trace it with tokenizer=")
     if others := [item for item in texts if not isinstance(item, str)]:
-        raise CircuitGraphError(f"train: data has texts and {_shown(others[0])}; expected texts alone, or rows of token ids alone")
+        raise CircuitGraphError(f"data has texts and {_shown(others[0])}; expected texts alone, or rows of token ids alone")
     return [np.asarray(ids, dtype=np.int64) for ids in traced.tokenizer(list(texts))["input_ids"]]
 
 
