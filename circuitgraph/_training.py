@@ -176,6 +176,10 @@ class DictionaryTrainer(Protocol):
         """How many steps are done."""
         ...
 
+    def begin(self) -> None:
+        """Settle the weights before the first step. This or `restore` comes before anything else."""
+        ...
+
     def advance(self) -> StepNumbers:
         """One step. Raises `CircuitGraphError` where a loss is not a number any more."""
         ...

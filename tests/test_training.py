@@ -191,6 +191,7 @@ def n_revived(activation: Any, auxiliary: float) -> int:
     """How many of 32 features are active after training that started dead: with small weights, or high thresholds."""
     model, settings = english(), replace(SMALL, activation=activation, auxiliary=auxiliary, steps=120, dead_after=1000)
     trainer = model.trainer(Place.of("m1", None, model.architecture), sentences().clean, settings)
+    trainer.begin()
     state = trainer.state()
     if activation == "topk":
         state["weight.encoder"][:, 32:] *= 0.05

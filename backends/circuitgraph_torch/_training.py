@@ -38,7 +38,7 @@ _RISE, _FALL = 1 / 20, 1 / 5  # shares of the steps in which the learning rate r
 _BETAS, _EPS = (0.9, 0.999), 6.25e-10  # of Adam, as Gao et al.
 _LARGEST_GRADIENT = 1.0  # its norm over all weights
 _SINKING = 0.01  # of the threshold of a dead JumpReLU feature, in a step
-_SAMPLED = 1 << 24  # pre-activations of which a quantile is taken
+_SAMPLED = 1 << 21  # pre-activations of which a quantile is taken
 _NOTHING = 1e-12  # a variance that is rounding
 
 
@@ -57,24 +57,49 @@ class Scales:
 
 
 class Training:
-    """Of a dictionary at a place. The weights start from the seed; what they start at, the first chunk of activations settles."""
+    """Of a dictionary at a place. What it holds comes from `begin` or `restore`."""
 
     def __init__(self, place: Place, activations: Activations, settings: SAETraining, *, name: str, model: str) -> None:
         self.step = 0
         self._place, self._activations, self._settings = place, activations, settings
         self._name, self._model = name, model
-        self._weights: dict[str, nn.Parameter] | None = None  # until the first step, or a checkpoint
+        self._weights: dict[str, nn.Parameter]
+        self._adam: torch.optim.Adam
         self._scales: Scales
         self._idle: Tensor  # how many positions ago each feature was active last, `[features]`
 
+    def begin(self) -> None:
+        """Decoder rows in directions that the seed draws; an autoencoder's encoder is the decoder, a transcoder's is drawn apart. Scales
+        and biases are those of the first chunk of activations."""
+        x, y = self._activations.first()
+        self._scales = Scales.of(x, y)
+        n, random = self._settings.n_features, torch.Generator().manual_seed(self._settings.seed)
+        decoder = _unit(torch.randn(n, y.shape[1], generator=random)).to(y)
+        encoder = _unit(torch.randn(n, x.shape[1], generator=random)).to(x) if self._place.is_transcoder else decoder
+        x_mean = self._scales.x_mean * self._scales.x
+        weights = {
+            "encoder": encoder.T.contiguous(),
+            "encoder_bias": -(encoder @ x_mean) if self._place.is_transcoder else x.new_zeros(n),
+            "decoder": decoder.clone(),
+            "decoder_bias": self._scales.y_mean * self._scales.y,
+        }
+        if self._settings.activation == "jumprelu":
+            rows = x[:: max(1, len(x) // max(1, _SAMPLED // n))] * self._scales.x - x_mean
+            weights["log_threshold"] = x.new_full((n,), math.log(self._first_threshold(rows @ weights["encoder"])))
+        self._put(weights)
+        self._idle = torch.zeros(n, dtype=torch.int64, device=x.device)
+
+    def _first_threshold(self, z: Tensor) -> float:
+        """The threshold, the same for all, with which `k` features are active in the mean: training starts at the L0 that it aims at."""
+        share = self._settings.k / self._settings.n_features
+        return max(1e-3, float(np.quantile(z.cpu().numpy(), 1 - share)))
+
     def advance(self) -> StepNumbers:
-        if self._weights is None:
-            self._start()
         x, y = self._activations.batch(self.step)
         x, y = x * self._scales.x, y * self._scales.y
         z = self._pre_activations(x)
         f, penalty = self._active(z)
-        left = y - (f @ self._w["decoder"] + self._w["decoder_bias"])
+        left = y - (f @ self._weights["decoder"] + self._weights["decoder_bias"])
         unexplained = left.square().mean()
         loss = unexplained + penalty + self._auxiliary(z, left.detach())
         if not math.isfinite(loss.item()):
@@ -88,49 +113,15 @@ class Training:
         return StepNumbers(unexplained.item(), float(is_on.sum(-1, dtype=torch.float32).mean()), 1 - float(self._dead.float().mean()))
 
     @property
-    def _w(self) -> dict[str, nn.Parameter]:
-        assert self._weights is not None
-        return self._weights
-
-    @property
     def _dead(self) -> Tensor:
         return self._idle >= self._settings.dead_after
-
-    def _start(self) -> None:
-        """Decoder rows in random directions; an autoencoder's encoder is the decoder, a transcoder's is drawn apart."""
-        x, y = self._activations.first()
-        self._scales = Scales.of(x, y)
-        n, random = self._settings.n_features, torch.Generator().manual_seed(self._settings.seed)
-        decoder = _unit(torch.randn(n, y.shape[1], generator=random)).to(y)
-        encoder = _unit(torch.randn(n, x.shape[1], generator=random)).to(x) if self._place.is_transcoder else decoder
-        x_mean = self._scales.x_mean * self._scales.x
-        self._put(
-            {
-                "encoder": encoder.T.contiguous(),
-                "encoder_bias": -(encoder @ x_mean) if self._place.is_transcoder else x.new_zeros(n),
-                "decoder": decoder.clone(),
-                "decoder_bias": self._scales.y_mean * self._scales.y,
-            }
-        )
-        self._idle = torch.zeros(n, dtype=torch.int64, device=x.device)
-        if self._settings.activation == "jumprelu":
-            with torch.no_grad():
-                start = self._first_threshold(x)
-            self._put({**{key: weight.detach() for key, weight in self._w.items()}, "log_threshold": x.new_full((n,), math.log(start))})
-
-    def _first_threshold(self, x: Tensor) -> float:
-        """The threshold, the same for all, with which `k` features are active in the mean: training starts at the L0 that it aims at."""
-        n_rows = min(4096, max(1, _SAMPLED // self._settings.n_features))
-        z = self._pre_activations(x[:: max(1, len(x) // n_rows)] * self._scales.x)
-        share = self._settings.k / self._settings.n_features
-        return max(1e-3, float(np.quantile(z.cpu().numpy(), 1 - share)))
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = {key: nn.Parameter(value) for key, value in weights.items()}
         self._adam = torch.optim.Adam(self._weights.values(), lr=self._settings.learning_rate, betas=_BETAS, eps=_EPS, foreach=False)
 
     def _pre_activations(self, x: Tensor) -> Tensor:
-        w = self._w
+        w = self._weights
         return (x if self._place.is_transcoder else x - w["decoder_bias"]) @ w["encoder"] + w["encoder_bias"]
 
     def _active(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +129,7 @@ class Training:
         settings = self._settings
         if settings.activation == "topk":
             return _largest(z, settings.k), z.new_zeros(())
-        threshold = self._w["log_threshold"].exp()
+        threshold = self._weights["log_threshold"].exp()
         f = jump_relu(z, threshold, settings.bandwidth)
         l0 = step(z, threshold, settings.bandwidth).sum(-1).mean()
         return f, settings.sparsity * (l0 / settings.k - 1).square()
@@ -149,30 +140,28 @@ class Training:
         if self._settings.auxiliary == 0 or n_dead == 0:
             return z.new_zeros(())
         f = _largest(z.masked_fill(~dead, -math.inf), min(n_dead, max(1, left.shape[1] // 2)))
-        rest = (left - f @ self._w["decoder"]).square().mean() / left.square().mean().clamp_min(_NOTHING)
+        rest = (left - f @ self._weights["decoder"]).square().mean() / left.square().mean().clamp_min(_NOTHING)
         return self._settings.auxiliary * rest
 
     def _descend(self, loss: Tensor) -> None:
         self._adam.zero_grad()
         loss.backward()
-        decoder = self._w["decoder"]
+        decoder = self._weights["decoder"]
         assert decoder.grad is not None
         with torch.no_grad():  # along a row only its norm would change, which is 1: Adam would remember that in vain
             decoder.grad -= (decoder.grad * decoder).sum(-1, keepdim=True) * decoder
-        nn.utils.clip_grad_norm_([*self._w.values()], _LARGEST_GRADIENT, foreach=False)
+        nn.utils.clip_grad_norm_([*self._weights.values()], _LARGEST_GRADIENT, foreach=False)
         for group in self._adam.param_groups:
             group["lr"] = self._settings.learning_rate * _of_rate(self.step, self._settings.steps)
         self._adam.step()
         with torch.no_grad():
             decoder.copy_(_unit(decoder))
-            if "log_threshold" in self._w and self._settings.auxiliary > 0:
-                self._w["log_threshold"].sub_(_SINKING * self._dead)
+            if "log_threshold" in self._weights and self._settings.auxiliary > 0:
+                self._weights["log_threshold"].sub_(_SINKING * self._dead)
 
     def state(self) -> dict[str, ndarray]:
-        if self._weights is None:
-            self._start()
-        kept: dict[str, Tensor] = {f"weight.{key}": weight.detach() for key, weight in self._w.items()}
-        for key, weight in self._w.items():
+        kept: dict[str, Tensor] = {f"weight.{key}": weight.detach() for key, weight in self._weights.items()}
+        for key, weight in self._weights.items():
             moments = self._adam.state.get(weight) or {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
             kept |= {f"mean.{key}": moments["exp_avg"], f"square.{key}": moments["exp_avg_sq"]}
         kept |= {f"scale.{key}": value for key, value in vars(self._scales).items()}
@@ -183,7 +172,7 @@ class Training:
         kept = {key: torch.from_numpy(np.array(value)).to(device) for key, value in state.items()}
         self._scales = Scales(**{key.partition(".")[2]: value for key, value in kept.items() if key.startswith("scale.")})
         self._put({key.partition(".")[2]: value for key, value in kept.items() if key.startswith("weight.")})
-        for key, weight in self._w.items():
+        for key, weight in self._weights.items():
             if step > 0:
                 done = torch.tensor(float(step))
                 self._adam.state[weight] = {"step": done, "exp_avg": kept[f"mean.{key}"], "exp_avg_sq": kept[f"square.{key}"]}
@@ -191,9 +180,7 @@ class Training:
 
     def dictionary(self) -> Dictionary:
         """In the model's units: the scales are worked into the weights, but for the decoder, whose rows keep norm 1."""
-        if self._weights is None:
-            self._start()
-        w = {key: weight.detach() for key, weight in self._w.items()}
+        w = {key: weight.detach() for key, weight in self._weights.items()}
         x, y = self._scales.x, self._scales.y
         is_jump = self._settings.activation == "jumprelu"
         return Dictionary(

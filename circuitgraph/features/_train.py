@@ -130,7 +130,10 @@ def _checkpoints(folder: Path, traced: TracedModel, place: Place, settings: SAET
 
 def _run(trainer: DictionaryTrainer, settings: SAETraining, checkpoints: Checkpoints | None, every: int, tell: Progress) -> None:
     """From the last checkpoint to the end; one is always left at the end."""
-    if checkpoints is not None and (found := checkpoints.load()) is not None:
+    found = None if checkpoints is None else checkpoints.load()
+    if found is None:
+        trainer.begin()
+    else:
         trainer.restore(*found)
     told = max(1, settings.steps // 100)
     while trainer.step < settings.steps:
