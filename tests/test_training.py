@@ -35,7 +35,7 @@ def english() -> Any:
 
 
 @cache
-def sentences(n: int = 300) -> PromptPairs:
+def sentences(n: int = 200) -> PromptPairs:
     return load_task("ioi").pairs(english().tokenizer, n, 0)
 
 
