@@ -4,11 +4,11 @@ from circuitgraph._dictionary import Dictionary as Dictionary
 from circuitgraph._dictionary import Neurons as Neurons
 from circuitgraph._refinement import Fold as Fold
 from circuitgraph._refinement import Refinement as Refinement
+from circuitgraph._training import DictionaryMeasures as DictionaryMeasures
+from circuitgraph._training import SAETraining as SAETraining
 from circuitgraph.features._attribution import AttributionGraph as AttributionGraph
 from circuitgraph.features._attribution import AttributionNode as AttributionNode
 from circuitgraph.features._attribution import attribution_graph as attribution_graph
-from circuitgraph._training import DictionaryMeasures as DictionaryMeasures
-from circuitgraph._training import SAETraining as SAETraining
 from circuitgraph.features._load import load_dictionary as load_dictionary
 from circuitgraph.features._load import load_transcoders as load_transcoders
 from circuitgraph.features._meaning import Example as Example
