@@ -65,7 +65,7 @@ def pushed_forward(engine: Any, mask: np.ndarray, direction: np.ndarray) -> np.n
 
         def values(mask: Any) -> Any:
             where = (jnp.asarray(0, jnp.int32), Kept(batch.live.streams, differences), source.whole)
-            again = Again.everything(engine._parts.sites)
+            again = Again.everything(batch.decoder.n_layers)
             return queries.evaluate(batch.decoder, engine.metric, mask[None], *where, batch._question, again)[0]
 
         return np.asarray(jax.jvp(values, (jnp.asarray(mask),), (jnp.asarray(direction),))[1])

@@ -160,7 +160,7 @@ def _through_mlp(
     mlp, split = layer.mlp, layer.splits.mlp
     assert mlp is not None
     if split is None:
-        grad = _pull(lambda hidden: mlp.finish(way.inner(mlp, hidden)), tape.hidden, of_writers[0])
+        grad = _pull(lambda hidden: way.contract(mlp, hidden), tape.hidden, of_writers[0])
         return _pull(mlp.expand, x[0], grad)[None]  # type: ignore[no-any-return]
     inputs, grad = _each(x, layer.n_mlp_readers), _each(of_writers, layer.n_mlp_writers)
     return _pull(lambda x: split(mlp, x, way.inner), inputs, grad)  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ class Heads(eqx.Module):
     x: Float[Array, "position d_model"]
     projected: Float[Array, "readers position head_dim"]
     grad: Float[Array, "heads position head_dim"]
-    first: int = eqx.field(static=True)
+    first: int = eqx.field(static=True, default=0)
 
     @property
     def askers(self) -> slice:

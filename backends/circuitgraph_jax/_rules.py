@@ -45,6 +45,10 @@ class Way(eqx.Module):
             projected = jnp.concatenate([askers, projected[attention.n_askers :]])
         return attention.mix(projected)
 
+    def contract(self, mlp: MLP, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position d_model"]:
+        """`mlp.contract`."""
+        return mlp.finish(self.inner(mlp, hidden))
+
     def inner(self, mlp: MLP, hidden: tuple[Float[Array, "position width"], ...]) -> Float[Array, "position width"]:
         """`mlp.inner`."""
         own: Callable[[Array], Array] = ACTIVATIONS[mlp.activation]
