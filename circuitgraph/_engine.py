@@ -322,9 +322,14 @@ def check_gradient(
     """Raises `DegenerateError` where `dF/dm` is zero or undefined by construction, `CircuitGraphError` for a mix or a rule of nothing."""
     if np.size(mix) == 0 or not np.isfinite(mix).all():
         raise CircuitGraphError(f"mix: {mix!r}; expected a number between 0 (source) and 1 (clean), or several")
-    if rule.dropped_layer is not None and rule.dropped_layer not in {reader.layer for reader in graph.readers if reader.layer >= 0}:
-        n_layers = 1 + max(reader.layer for reader in graph.readers)
+    layers = {reader.layer for reader in graph.readers if reader.kind not in ("stream", "logits")}
+    if rule.dropped_layer is not None and rule.dropped_layer not in layers:
+        n_layers = 1 + max(layers, default=-1)
         raise CircuitGraphError(f"gradient without layer {rule.dropped_layer!r}: the model has {n_layers} layers, from 0")
+    if rule.patterns == "recomputed" and (refined := [writer.component for writer in graph.writers if writer.part_of == "a"]):
+        raise CircuitGraphError(
+            f"gradient: {refined[0]} is refined, so no single head of it can be patched; use a rule with patterns 'exact'"
+        )
     is_live = bool(np.all(np.asarray(mask)[graph.visible] == 1))
     if rule.patterns == "recomputed" and not is_live:
         raise CircuitGraphError("a gradient with recomputed attention patterns is that of the model itself; expected a mask of ones")

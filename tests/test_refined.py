@@ -88,6 +88,17 @@ def test_the_qk_fix_where_the_stream_is_in_parts(backend: str) -> None:
     close(engine.gradient(ones, rule=QK_FIX), reference.gradient(ones, rule=QK_FIX), 1e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_qk_fix_needs_single_heads_and_only_layers_are_dropped(backend: str) -> None:
+    heads = random_dictionary(width=16, reads="attn_out")
+    model = traced(backend, "gpt2").refined([part("a0", heads, (0,)), part("r2", random_dictionary(width=16, reads="stream"), (0,))])
+    engine, ones = model.bind(SHORT, "logit_diff"), np.ones(model.graph.shape)
+    with pytest.raises(CircuitGraphError, match="a0 is refined, so no single head of it can be patched"):
+        engine.gradient(ones, rule=QK_FIX)
+    with pytest.raises(CircuitGraphError, match="gradient without layer 2: the model has 2 layers, from 0"):
+        engine.gradient(ones, rule=Rule(dropped_layer=2))
+
+
 def test_layers_with_dictionaries_of_one_shape_are_scanned_together() -> None:
     alike = [part(f"r{n}", random_dictionary(6 + n, width=16, reads="stream"), (0, 2 + n)) for n in range(2)]
     alike += [part(f"m{n}", random_dictionary(8 + n, width=16, reads="mlp_in", has_skip=True), (1, 3 + n)) for n in range(2)]

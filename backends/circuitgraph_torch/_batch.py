@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
-from circuitgraph._errors import CircuitGraphError
 from circuitgraph._incremental import Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
@@ -61,14 +60,6 @@ class Parts:
     def embed(self, ids: Int[ndarray, "prompts position"]) -> Tensor:
         """What the first block receives."""
         return block_input(self.model, self.architecture.blocks[0].path, torch.from_numpy(ids).to(self.device))
-
-    def check_heads(self) -> None:
-        """Raises `CircuitGraphError` where an attention is refined, whose heads a rule asks for."""
-        refined = [writer.component for writer in self.sites.graph.writers if writer.part_of == "a"]
-        if refined:
-            raise CircuitGraphError(
-                f"gradient: {refined[0]} is refined, so no single head of it can be patched; use a rule with patterns 'exact'"
-            )
 
     @property
     def longest(self) -> int:
@@ -235,7 +226,6 @@ class Batch:
         scores = EdgeScores(self._parts.sites, differences, spans)
         recomputed = None
         if rule.patterns == "recomputed":
-            self._parts.check_heads()
             recomputed = Recomputed(
                 self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, self._parts.budget.lanes
             )
