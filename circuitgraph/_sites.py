@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuitgraph._architecture import Architecture
 from circuitgraph._graph import Graph
 from circuitgraph._names import ComponentKind
 
@@ -54,13 +53,12 @@ class Sites:
     logits: Site
 
     @classmethod
-    def of(cls, graph: Graph, architecture: Architecture) -> Sites:
+    def of(cls, graph: Graph, n_layers: int) -> Sites:
         find = _Finder(graph)
-        layers = tuple(find.layer(number) for number in range(len(architecture.blocks)))
+        layers = tuple(map(find.layer, range(n_layers)))
         logits = find.site("logits", layer=-1)
         assert logits is not None
-        n = len(layers)
-        return cls(graph, layers, find.site("stream", layer=n), find.writers(n, "r"), logits)
+        return cls(graph, layers, find.site("stream", layer=n_layers), find.writers(n_layers, "r"), logits)
 
     @property
     def is_refined(self) -> bool:

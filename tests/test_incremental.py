@@ -16,7 +16,7 @@ import circuitgraph
 from circuitgraph._graph import Graph, Layer, transformer_graph
 from circuitgraph._incremental import MOST_MOVES, Incremental
 from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
-from circuitgraph._sites import LayerSites, Site, Sites
+from circuitgraph._sites import Sites
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _queries as queries
@@ -264,12 +264,7 @@ def test_changed_is_what_is_needed_and_reached(graph: Graph, share: float, seed:
 
 def sites() -> Sites:
     """Two layers of two heads and an MLP."""
-    graph = transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * 2)
-    layers = tuple(
-        LayerSites(Site(row, row + 6, writer), Site(row + 6, row + 7, writer + 2), writer, 2, writer + 2)
-        for row, writer in ((0, 1), (7, 4))
-    )
-    return Sites(graph, layers, Site(14, 15, 7))
+    return Sites.of(transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * 2), n_layers=2)
 
 
 def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -> None:

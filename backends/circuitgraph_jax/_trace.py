@@ -90,7 +90,7 @@ class JaxModel:
             refinement.check_width(width_of(parts.decoder, refinement), parts.d_model)
         with precisely(parts.dtype):
             decoder = parts.decoder.refined(refinements, graph.visible)
-        cut = replace(parts, decoder=decoder, sites=Sites.of(graph, self.architecture))
+        cut = replace(parts, decoder=decoder, sites=Sites.of(graph, len(self.architecture.blocks)))
         return replace(self, _parts=cut, refinements=(*self.refinements, *refinements))
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
@@ -150,7 +150,7 @@ def trace(
         decoder = build(described, tensors, per_head_kv=per_head_kv, dtype=chosen)
         where = _devices(device if devices is None else devices)
         budget = MemoryBudget.of(memory_budget, _free(where))
-        parts = Parts(Sites.of(described.graph(per_head_kv=per_head_kv), described), decoder, where, MemoryBudget.unlimited())
+        parts = Parts(Sites.of(described.graph(per_head_kv=per_head_kv), len(described.blocks)), decoder, where, MemoryBudget.unlimited())
         proof = prove(parts, described, checkpoint, untouched(parts, checkpoint.forward))
     parts = replace(parts, budget=budget)
     return JaxModel(checkpoint.name, checkpoint.tokenizer, described, proof, parts, checkpoint.weights, checkpoint.forward)

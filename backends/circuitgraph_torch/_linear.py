@@ -211,7 +211,7 @@ def _unrefined(parts: Parts) -> Parts:
     layers = tuple(replace(layer, splits=Splits()) for layer in parts.joints.layers)
     per_head_kv = any(layer.attention is not None and layer.attention.kv_per_head for layer in layers)
     graph = parts.architecture.graph(per_head_kv=per_head_kv)
-    return replace(parts, joints=ModelJoints(layers, parts.joints.logits), sites=Sites.of(graph, parts.architecture))
+    return replace(parts, joints=ModelJoints(layers, parts.joints.logits), sites=Sites.of(graph, len(layers)))
 
 
 class _Nothing:

@@ -96,7 +96,7 @@ class TorchModel:
             for refinement in refinements:
                 refinement.check_width(width_of(parts, refinement), parts.architecture.d_model)
             joints = parts.joints.refined(refinements, next(self.module.parameters()))
-        cut = replace(parts, joints=joints, sites=Sites.of(graph, parts.architecture))
+        cut = replace(parts, joints=joints, sites=Sites.of(graph, len(parts.architecture.blocks)))
         return replace(self, _parts=cut, refinements=(*self.refinements, *refinements))
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:
@@ -183,7 +183,7 @@ def trace(
 def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None, budget: MemoryBudget, *, per_head_kv: bool) -> TorchModel:
     found = find_architecture(module) if architecture is None else architecture
     joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
-    parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), found), MemoryBudget.unlimited())
+    parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), len(found.blocks)), MemoryBudget.unlimited())
     return TorchModel(loaded.name, loaded.tokenizer, prove(parts), replace(parts, budget=budget))
 
 
