@@ -56,6 +56,16 @@ def test_patching_a_node_is_replacing_what_it_says(options: dict[str, Any]) -> N
         assert np.allclose(engine.evaluate(mask[None])[0], logit_diff(expected, pairs), atol=1e-12), writer
 
 
+@MODEL
+def test_masks_that_agree_in_their_first_layers_are_as_each_alone(options: dict[str, Any]) -> None:
+    engine = ReferenceModel.random(5, **options).bind(random_pairs(5, lengths=(4, 3, 4)), "logit_diff")
+    rng = np.random.default_rng(5)
+    for row in (0, len(engine.graph.readers) // 2, -1):
+        masks = np.repeat(rng.uniform(size=(1, *engine.graph.shape)), 4, axis=0)
+        masks[1:, row:] = rng.uniform(size=masks[1:, row:].shape).round()
+        assert np.allclose(engine.evaluate(masks), np.concatenate([engine.evaluate(mask[None]) for mask in masks]), rtol=1e-12, atol=1e-12)
+
+
 def test_writers_add_up_to_the_stream() -> None:
     model, pairs = ReferenceModel.random(4, **LLAMA), random_pairs(4)
     values = model.bind(pairs, "logit_diff").activations()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -17,7 +17,7 @@ from circuitgraph._refinement import Refinement, of_component
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP
 from circuitgraph.testing._reference_refined import attention_parts, mlp_parts, stream_parts
-from circuitgraph.testing._reference_rules import LIVE, Memory
+from circuitgraph.testing._reference_rules import LIVE, Memory, copies
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -51,7 +51,7 @@ class Run:
 
     graph: Graph
     mask: Masks
-    source: Values
+    source: Values  # of all copies of the prompts, or once for all
     values: Values
     constant: Stream  # what has been added to the stream so far by nobody: output biases
     spans: Tokens | None  # of a mask with spans, which one every position is in
@@ -63,10 +63,11 @@ class Run:
     def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
         """The input of a reader, or of a head's reader: the equation at the top of this file."""
         r = self.graph.reader_id(Reader(kind, layer, index))
-        is_seen = np.trim_zeros(self.graph.visible[r], "b")  # writers are sorted: those that a reader sees come first
-        m = self._coefficients(r, len(is_seen))
-        x = _weighted(m * is_seen[:, None], self.values)
-        x += _weighted((1 - m) * is_seen[:, None], self.source)
+        n = int(np.flatnonzero(self.graph.visible[r])[-1]) + 1  # writers are sorted: those that a reader sees come first
+        is_seen, m = self.graph.visible[r, :n, None], self._coefficients(r, n)
+        x = _weighted(m * is_seen, self.values)
+        patched = np.flatnonzero(np.broadcast_to((m != 1).any(axis=(1, 2)), len(x)))  # few, where every run patches one edge
+        x[patched] += _weighted((1 - m if len(m) == 1 else 1 - m[patched]) * is_seen, self.source[patched % len(self.source)])
         x += self.constant
         x += self.nudge.get(self.graph.readers[r], 0.0)
         is_dropped = kind != "logits" and layer == self.memory.rule.dropped_layer
@@ -108,10 +109,38 @@ def masked_run(
     """Run the model under a mask, or one for every prompt; `said` is what its inputs say."""
     run = Run(graph, mask, source, np.zeros_like(source), np.zeros_like(said[:, 0]), spans, nudge, memory)
     run.values[:, : said.shape[1]] = said
-    for number, layer in enumerate(model.layers):
-        _run_layer(run, number, layer, model.refinements)
+    return _run_from(run, model, 0)
+
+
+def masked_runs(
+    model: ReferenceModel, graph: Graph, said: Values, masks: Masks, source: Values, *, spans: Tokens | None = None
+) -> Float[ndarray, "masks prompts vocabulary"]:
+    """The logits of the prompts under each of some masks. Layers before the first in which the masks differ are run once."""
+    differs = (masks != masks[0]).reshape(*masks.shape[:2], -1).any(axis=(0, 2))
+    n_layers, n = len(model.layers), len(masks)
+    first = min((reader.layer for reader, d in zip(graph.readers, differs, strict=True) if d and reader.kind != "logits"), default=n_layers)
+    run = Run(graph, masks[:1], source, np.zeros_like(source), np.zeros_like(said[:, 0]), spans, NOTHING, LIVE)
+    run.values[:, : said.shape[1]] = said
+    for number in range(first):
+        _run_layer(run, number, model.layers[number], model.refinements)
+    of_all = replace(
+        run,
+        mask=np.repeat(masks, len(said), axis=0),
+        values=copies(run.values, n),
+        constant=copies(run.constant, n),
+        spans=None if spans is None else copies(spans, n),
+    )
+    logits = _run_from(of_all, model, first).logits
+    assert logits is not None
+    return logits.reshape(n, len(said), -1)
+
+
+def _run_from(run: Run, model: ReferenceModel, first: int) -> Run:
+    """The layers from this one on, and the logits."""
+    for number in range(first, len(model.layers)):
+        _run_layer(run, number, model.layers[number], model.refinements)
     _split_stream(run, len(model.layers), model.refinements)
-    run.logits = model.unembed(run.read("logits")[:, -1], memory)
+    run.logits = model.unembed(run.read("logits")[:, -1], run.memory)
     return run
 
 
