@@ -151,6 +151,7 @@ def test_configurations_before_version_6() -> None:
         ("blocks.8.hook_resid_post", ("stream", 9)),
         ("blocks.0.attn.hook_z", ("attn_z", 0)),
         ("blocks.3.ln2.hook_normalized", ("mlp_normalized", 3)),
+        ("model.layers.3", ("stream", 4)),
     ],
 )
 def test_places_of_hooks(hook: str, place: tuple[str, int]) -> None:

@@ -43,13 +43,17 @@ _KNOWN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batc
 
 
 def place_of_hook(hook: str) -> tuple[Reads, int]:
-    """What a dictionary at this hook reads, and our layer. Raises `CircuitGraphError` for a hook that is no place of ours."""
+    """What a dictionary at this hook of TransformerLens reads, and our layer; or at a block of a Hugging Face model, `model.layers.8`, whose
+    output it reads. (A module within a block may have a norm behind it, of which its name says nothing.) Raises `CircuitGraphError` for a
+    hook that is no place of ours."""
+    if block := re.search(r"\.(\d+)$", hook):
+        return "stream", int(block[1]) + 1
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", hook)
     for end, reads, more in _HOOKS:
         if found and found[2] == end:
             return reads, int(found[1]) + more
     known = ", ".join(end for end, *_ in _HOOKS)
-    raise CircuitGraphError(f"hook {hook!r} is not a place where circuitgraph knows dictionaries; expected one of a block, such as {known}")
+    raise CircuitGraphError(f"hook {hook!r} is not a place where circuitgraph knows dictionaries; expected a block, or one of its {known}")
 
 
 def read_saelens(folder: Path) -> Dictionary:
