@@ -43,9 +43,9 @@ _KNOWN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batc
 
 
 def place_of_hook(hook: str) -> tuple[Reads, int]:
-    """What a dictionary at this hook of TransformerLens reads, and our layer; or at a block of a Hugging Face model, `model.layers.8`, whose
-    output it reads. (A module within a block may have a norm behind it, of which its name says nothing.) Raises `CircuitGraphError` for a
-    hook that is no place of ours."""
+    """What a dictionary at this hook reads, and our layer: a hook of TransformerLens, or a block of a Hugging Face model, `model.layers.8`,
+    whose output it reads. (A module within a block may have a norm behind it, of which its name says nothing.) Raises `CircuitGraphError`
+    for a hook that is no place of ours."""
     if block := re.search(r"\.(\d+)$", hook):
         return "stream", int(block[1]) + 1
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", hook)
