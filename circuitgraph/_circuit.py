@@ -156,11 +156,11 @@ class Circuit:
         graph.remove_nodes_from(set(graph) - set(self.nodes))
         return graph
 
-    def to_dot(self, *, title: str | None = None, detail: Detail = "auto") -> str:
+    def to_dot(self, *, title: str | None = None, detail: Detail = "auto", labels: Mapping[str, str] | None = None) -> str:
         """The picture as DOT text; see `render`."""
         from circuitgraph.drawing import to_dot
 
-        return to_dot(self, title=title, detail=detail)
+        return to_dot(self, title=title, detail=detail, labels=labels)
 
     def render(
         self,

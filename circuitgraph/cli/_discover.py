@@ -30,7 +30,9 @@ from circuitgraph.cli._app import (
     stdout,
     trace_model,
 )
+from circuitgraph.cli._parts import Features, Refine, dictionaries, recorded
 from circuitgraph.evaluation._report import Report
+from circuitgraph.features import refine as refined
 from circuitgraph.files._folder import check_folder, result_folder
 
 Threshold = Annotated[
@@ -72,6 +74,8 @@ def discover(
     ] = False,
     backend: Backend = "torch",
     per_head_kv: PerHead = False,
+    refine: Refine = None,
+    features: Features = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -85,13 +89,18 @@ def discover(
     origin: Any = source  # `Source` refuses an unknown one
     check_folder(output, force=force)
     load_task(task)  # before the model, which takes longer
+    chosen = dictionaries(refine or [])
     with progress_bar() as tell:
         tell(0.0, "tracing the model")
         traced = trace_model(model, backend, per_head_kv, device, dtype, memory_budget)
+        if chosen:
+            tell(0.0, "looking for active features")
+            traced = refined(traced, chosen, task, top=features, prompts=prompts, seed=seed, backend=backend)
         method = _choosing.sized(method, traced.graph.n_edges)
         circuit, report = _discover.find(
             traced, task, method, prompts=prompts, seed=seed, backend=backend, metric=metric, source=origin, progress=tell, choose=choose
         )
+        circuit = recorded(circuit, refine or [])
         with result_folder(output, force=force) as folder:
             _write(circuit, report, folder)
     files = sorted(str(path) for path in output.iterdir())

@@ -25,6 +25,7 @@ from circuitgraph.cli._app import (
     stdout,
     trace_model,
 )
+from circuitgraph.cli._parts import Refine, asked_before, dictionaries, in_the_same_parts
 from circuitgraph.drawing import plot_format
 from circuitgraph.evaluation import MEASURES, Agreement, Curve, Measure, measures_named
 from circuitgraph.evaluation._report import evaluate
@@ -39,6 +40,7 @@ def evaluate_file(
     prompts: Prompts = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", min=0, help="Another seed draws prompts that discovery has not seen.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", "-b", help="What computes: torch or jax (default: what found it).")] = None,
+    refine: Refine = None,
     measure: Annotated[list[str] | None, typer.Option(help=f"A deeper measure, again for more: {', '.join(MEASURES)}.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Compare with this circuit: AUROC, precision, recall.")] = None,
     mib_compat: Annotated[bool, typer.Option("--mib-compat", help="CPR, CMD and AUROC as MIB's code computes them.")] = False,
@@ -57,9 +59,11 @@ def evaluate_file(
     measures = _measures(measure or (), circuit, reference, mib_compat, plot)
     name, how = model or found_with(found, "model", file), part_of(found, "model")
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
+    chosen = dictionaries(refine or asked_before(circuit, file))
     with progress_bar() as tell:
+        traced = trace_model(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype"), memory_budget)
         report = evaluate(
-            trace_model(name, backend or how.get("backend") or "torch", per_head_kv, device, dtype or how.get("dtype"), memory_budget),
+            in_the_same_parts(traced, circuit, chosen) if chosen else traced,
             task or found_with(found, "task", file),
             circuit,
             prompts=prompts or (None if task else found.get("prompts")),
