@@ -31,6 +31,7 @@ SCRIPTS = {
     "discovery-zoo": ["discovery", "--models", "zoo:induction-2l", "zoo:tiny-english"],
     "discovery-gpt2-size": ["discovery", "--models", "gpt2-size"],
     "discovery-smollm2": ["discovery", "--models", "smollm2-135m"],
+    "floors": ["floors"],
     "discovery-llama-1b": ["discovery", "--models", "llama-1b"],
     "backends": ["backends"],
     "startup": ["startup"],

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import clock, discovery, discovery_case, peer, processes, subjects, twin
+from benchmarks import clock, discovery, discovery_case, floors, peer, processes, products, subjects, twin
 from circuitgraph import ACDC, ActivationPatching
 
 
@@ -189,3 +189,28 @@ def imported(module: str) -> set[str]:
     tree = ast.parse((subjects.ROOT / "benchmarks" / f"{module}.py").read_text())
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return found | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_a_profile_counts_what_an_operation_computes_and_moves(case: discovery_case.Case) -> None:
+    a, b = torch.ones(4, 8), torch.ones(8, 2)
+    profile = floors.profiled(lambda: (a @ b).relu(), case, floors.Speeds(product=1e3, copy=1e3))
+    product, relu = profile.costs["other products"], profile.costs["aten.relu"]
+    assert (product.operations, product.moved) == (2 * 4 * 8 * 2, 4 * (32 + 16 + 8))
+    assert (relu.operations, relu.moved) == (0, 4 * (8 + 8))
+    assert product.floor == pytest.approx(0.224)  # its bytes take longer than its 128 operations
+    assert profile.floor == pytest.approx(0.224 + 0.064)
+    forward = discovery_case.plain_forward(case)
+    counted = floors.profiled(forward, case, floors.Speeds(1e9, 1e9)).costs
+    assert sum(cost.operations for cost in counted.values()) == products.operations(forward)
+    assert {"products with the model's weights", "products with the unembedding", "attention"} <= {*counted}
+
+
+@pytest.mark.parametrize("name", ["eap", "acdc-kl"])
+def test_floors_of_methods_are_shown(name: str) -> None:
+    at = floors.speeds(size=16, rounds=1)
+    found = floors.measured(name, "tiny", at, steps=2)
+    table = floors.table({name: found}, at, "tiny")
+    assert next(row[-1] for row in table.rows if row[1] == "together") == "1.00"
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    shown = dict(found[1].shown())
+    assert sum(cost.seconds for cost in shown.values()) == pytest.approx(sum(cost.seconds for cost in found[1].costs.values()))
