@@ -47,7 +47,9 @@ class Dictionary:
     "mlp_in" (what the MLP's first weights read), "mlp_normalized" (the same before the norm's gain) or "mlp_stream" (before the norm).
     `is_centred`: the decoder's bias is taken off the input. `input_norm`: the input is brought to length `sqrt(d_in)`
     ("constant_norm_rescale") or standardised ("layer_norm"), as SAELens does, and the output of a dictionary that is no transcoder is
-    brought back. `skip` `[d_out, d_in]`: of skip transcoders (Paulo et al. 2025).
+    brought back. `skip` `[d_out, d_in]`: of skip transcoders (Paulo et al. 2025). `later` `[layers, features, d_out]`: of a layer of a
+    cross-layer transcoder (Lindsey et al. 2024; Ameisen et al. 2025), what the features add, beside `decoder`'s rows, to the MLPs of the
+    layers after it, one by one. Such a transcoder is its layers, the last of which has no `later`.
 
     `layer`, `model`: where it was trained, as far as is known. Raises `CircuitGraphError` for arrays that do not fit together.
     """
@@ -65,6 +67,7 @@ class Dictionary:
     is_centred: bool = False
     input_norm: InputNorm | None = None
     skip: Array | None = None
+    later: Array | None = None
     layer: int | None = None
     model: str | None = None
     name: str = "dictionary"
@@ -83,6 +86,7 @@ class Dictionary:
             "magnitude_scale": (n,) if self.activation == "gated" else None,
             "magnitude_bias": (n,) if self.activation == "gated" else None,
             "skip": None if self.skip is None else (d_out, d_in),
+            "later": None if self.later is None else (max(1, len(self.later)), n, d_out),
         }
         for field, shape in wanted.items():
             array = getattr(self, field)
@@ -97,6 +101,8 @@ class Dictionary:
             raise CircuitGraphError(
                 f"{self.name}: {d_in} in, {d_out} out{', a skip' * (self.skip is not None)}: that is a transcoder's, which reads mlp_in"
             )
+        if not self.is_transcoder and self.later is not None:
+            raise CircuitGraphError(f"{self.name}: it reads {self.reads}; only features of a transcoder write to later MLPs")
         if self.is_centred and d_in != d_out:
             raise CircuitGraphError(f"{self.name}: a decoder bias of {d_out} numbers cannot be taken off an input of {d_in}")
 
@@ -111,6 +117,11 @@ class Dictionary:
     @property
     def is_transcoder(self) -> bool:
         return self.reads in TRANSCODED
+
+    @property
+    def n_later(self) -> int:
+        """To how many MLPs after its own its features write."""
+        return 0 if self.later is None else len(self.later)
 
     @property
     def component(self) -> ComponentKind:
@@ -144,6 +155,7 @@ class Dictionary:
             )
         cut = {field: getattr(self, field) for field in ("encoder_bias", "threshold", "magnitude_scale", "magnitude_bias")}
         cut = {field: None if values is None else values[:n] for field, values in cut.items()}
+        cut["later"] = None if self.later is None else self.later[:, :n]
         return replace(self, encoder=self.encoder[:, :n], decoder=self.decoder[:n], name=f"{self.name}[:{n}]", **cut)
 
     def on(self, put: Callable[[ndarray], Array]) -> Dictionary:
@@ -167,11 +179,22 @@ class Dictionary:
         return self.gates(x, features) * self.magnitudes(x, features)
 
     def decode(self, x: Array, f: Array) -> Array:
-        """The reconstruction of `x` by all features."""
+        """The reconstruction of `x` by all features, of a cross-layer transcoder by those of its own layer alone."""
         scale, affine = self.output_scale(x), self.affine(x)
         said = f @ self.decoder if scale is None else (f @ self.decoder) * scale
         said = said if affine is None else said + affine
         return said if self.constant is None else said + self.constant
+
+    def rows(self, features: Any = slice(None)) -> Array:
+        """What some features add at activation 1 to everything that they write to, `[features, d_out]`."""
+        rows = self.decoder[features]
+        return rows if self.later is None else rows + self.later[:, features].sum(0)
+
+    @property
+    def loudness(self) -> Array:
+        """The sum of squares of what each feature says at activation 1, wherever it says it, `[features]`."""
+        of_own = (self.decoder**2).sum(1)
+        return of_own if self.later is None else of_own + sum((rows**2).sum(1) for rows in self.later)
 
     def gates(self, x: Array, features: Any = slice(None)) -> Array:
         """1 where a feature is active, 0 where it is not."""
