@@ -73,6 +73,11 @@ class Refinement:
         """To how many MLPs after its own its features write."""
         return 0 if isinstance(self.dictionary, Neurons) else self.dictionary.n_later
 
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether its features write to later MLPs, or those of earlier ones to this."""
+        return self.n_later > 0 or len(self.earlier) > 0
+
     def rows_at(self, layer: int) -> Float[ndarray, "features d_model"]:
         """What its features add at activation 1 to the MLP of a later layer."""
         assert isinstance(self.dictionary, Dictionary)
