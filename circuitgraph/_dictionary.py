@@ -169,7 +169,9 @@ class Dictionary:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
-                digest.update(f"{field.name} {value.shape} ".encode() + np.ascontiguousarray(value, dtype="<f8").tobytes())
+                digest.update(f"{field.name} {value.shape} ".encode())
+                for part in value if value.ndim > 2 else (value,):  # rows for later MLPs are many, and may be mapped from a file
+                    digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
             elif field.name not in ("name", "model", "layer"):
                 digest.update(f"{field.name} {value!r} ".encode())
         return digest.hexdigest()
@@ -185,16 +187,20 @@ class Dictionary:
         said = said if affine is None else said + affine
         return said if self.constant is None else said + self.constant
 
-    def rows(self, features: Any = slice(None)) -> Array:
+    def rows(self, features: Any = slice(None)) -> ndarray:
         """What some features add at activation 1 to everything that they write to, `[features, d_out]`."""
-        rows = self.decoder[features]
-        return rows if self.later is None else rows + self.later[:, features].sum(0)
+        rows: ndarray = self.decoder[features]
+        for later in () if self.later is None else self.later:
+            rows = rows + _wide(later[features])
+        return rows
 
     @property
-    def loudness(self) -> Array:
+    def loudness(self) -> ndarray:
         """The sum of squares of what each feature says at activation 1, wherever it says it, `[features]`."""
-        of_own = (self.decoder**2).sum(1)
-        return of_own if self.later is None else of_own + sum((rows**2).sum(1) for rows in self.later)
+        squares: ndarray = (self.decoder**2).sum(1)
+        for later in () if self.later is None else self.later:
+            squares = squares + (_wide(later) ** 2).sum(1)
+        return squares
 
     def gates(self, x: Array, features: Any = slice(None)) -> Array:
         """1 where a feature is active, 0 where it is not."""
@@ -269,6 +275,11 @@ class Neurons:
 
     def parts(self, features: Sequence[int]) -> Parts:
         return Parts(tuple(int(feature) for feature in features), kind="neuron", has_error=len(features) != self.n_features)
+
+
+def _wide(rows: ndarray) -> ndarray:
+    """Rows for later MLPs, whatever their numbers are in the file."""
+    return np.asarray(rows, dtype=np.float64)
 
 
 def _size(name: str, field: str, array: Array) -> tuple[int, int]:

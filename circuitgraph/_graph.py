@@ -288,8 +288,8 @@ class Graph:
 
         Parts are ordinary writers, seen by whoever saw the component, and fed by its readers (a transcoder's features by readers of their
         own). Parts of the stream are seen by all that comes later, instead of what the stream was made of: only `r3` reads that.
-        Earlier features of a cross-layer transcoder that write here are fed by their own readers, which must be there; the error, which they
-        are taken off as well, also by the readers of the MLPs whose features they are.
+        What earlier features of a cross-layer transcoder say here is fed by their own readers, which must be there. The error is without
+        what they would say by their MLPs' readers, so these feed it too.
         Raises `UnknownNameError` for a component that is not there, `CircuitGraphError` for one that is refined already.
 
         >>> from circuitgraph._graph import Layer, Parts, transformer_graph

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from circuitgraph._dictionary import Dictionary, Neurons
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph, Parts
@@ -82,7 +84,8 @@ class Refinement:
         """What its features add at activation 1 to the MLP of a later layer."""
         assert isinstance(self.dictionary, Dictionary)
         assert self.dictionary.later is not None
-        rows: Float[ndarray, "features d_model"] = self.dictionary.later[layer - self.component.layer - 1][[*self.features]]
+        of_layer = self.dictionary.later[layer - self.component.layer - 1]
+        rows: Float[ndarray, "features d_model"] = np.asarray(of_layer[[*self.features]], dtype=np.float64)
         return rows
 
     def check_width(self, width: int, d_model: int) -> None:
@@ -125,7 +128,7 @@ def joined(refinements: Sequence[Refinement], before: Sequence[Refinement] = ())
     Raises `CircuitGraphError` where features write to an MLP that is not among them, or that another kind of dictionary divides.
     """
     for one in refinements:
-        for layer in range(one.component.layer + 1, one.component.layer + one.n_later + 1):
+        for layer in () if not one.features else range(one.component.layer + 1, one.component.layer + one.n_later + 1):
             _check_target(one, layer, of_component(refinements, "m", layer), of_component(before, "m", layer))
     return tuple(replace(one, earlier=tuple(other for other in refinements if _writes_to(other, one))) for one in refinements)
 
@@ -141,12 +144,12 @@ def _check_target(one: Refinement, layer: int, target: Refinement | None, before
         raise CircuitGraphError(f"{what}, which is in parts already; hand over all layers of a cross-layer transcoder in one call")
     if target is None:
         raise CircuitGraphError(
-            f"{what}, which is not among the components to refine; hand over the later layers of the cross-layer transcoder as well, with no "
-            f"features if none of theirs are to be nodes"
+            f"{what}, which is not among the components to refine; hand over the later layers of the cross-layer transcoder as well, "
+            f"without features if none of theirs are to be nodes"
         )
     if not target.dictionary.is_transcoder:
         raise CircuitGraphError(
-            f"{what}, and {target.dictionary.name} divides it by {target.dictionary.reads}; take the layer of the same cross-layer transcoder"
+            f"{what}, which {target.dictionary.name} divides by {target.dictionary.reads}; take the layer of the same cross-layer transcoder"
         )
 
 
@@ -155,6 +158,15 @@ def refined(graph: Graph, refinements: Sequence[Refinement]) -> Graph:
     for refinement in sorted(refinements, key=lambda one: one.component.layer):  # readers that feed parts of later MLPs come first
         graph = graph.refine(refinement.component, refinement.parts)
     return graph
+
+
+def check_linear(refinements: Sequence[Refinement]) -> None:
+    """Raises `CircuitGraphError` for parts by a cross-layer transcoder, which no linear run can take yet."""
+    if crossing := [one for one in refinements if one.n_later]:
+        raise CircuitGraphError(
+            f"a linear run, as for an attribution graph, takes features that write to one MLP; those of {crossing[0].component} write to "
+            f"{crossing[0].n_later} later ones too. Score them by EAP or patching, or take transcoders of single layers"
+        )
 
 
 def check_size(graph: Graph, refinements: Sequence[Refinement], d_model: int, budget: MemoryBudget) -> None:

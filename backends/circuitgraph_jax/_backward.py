@@ -181,8 +181,8 @@ def _through_mlp_parts(
     of_writers: Float[Array, "writers position d_model"],
     active: Active,
 ) -> tuple[Float[Array, "readers position d_model"], Active]:
-    """The gradients of the inputs of its readers, from those of its writers (of either there may be one that all share) and of what features
-    are; and of these, what goes on to the features of earlier layers. Parts are linear in these, so it does not matter what they were."""
+    """The gradients of the inputs of its readers, from those of its writers (of either there may be one that all share) and of what its
+    features are; and with these what goes on to features of earlier layers. Parts are linear in them, so what they were does not matter."""
     inputs, grad = _each(x, layer.n_mlp_readers), _each(of_writers, layer.n_mlp_writers)
     _, pull = jax.vjp(lambda x, active: layer.mlp_parts(x, way.inner, active), inputs, jax.tree.map(jnp.zeros_like, active))
     of_readers, active = pull((grad, active))

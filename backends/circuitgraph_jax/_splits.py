@@ -172,9 +172,9 @@ class TranscoderSplit(eqx.Module):
 class CrossLayerSplit(eqx.Module):
     """Divides an MLP by a layer of a cross-layer transcoder: its features, those of earlier layers that write here too, and what is left.
 
-    The activations of features go from layer to layer as `[2, features, position]`: at what their own readers hear, which is what they say,
-    and at what their MLP's reader hears, which is what they are taken off errors by. `earlier`: how many of them each earlier layer has that
-    writes here; `rows`: what they add here at activation 1. `is_kept`: whether its own are needed later. `layer` is in the structure, so
+    The activations of features go from layer to layer as `[2, features, position]`: at what their own readers hear, which is what
+    they say, and at what their MLP's reader hears, which errors are without. `earlier`: how many features each earlier layer has that write
+    here; `rows` `[features, d_model]`: what they add here at activation 1. `is_kept`: whether its own are needed later. `layer` is in the structure, so
     that no two of them are stacked.
     """
 

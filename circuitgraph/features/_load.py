@@ -34,7 +34,11 @@ def load_dictionary(source: str | Path, sae_id: str | None = None, *, reads: Rea
 
 
 def load_transcoders(source: str | Path) -> dict[str, Dictionary]:
-    """A transcoder for every layer, from a folder of circuit-tracer or a repository of the hub, by component: `m0`, `m1`, ..."""
+    """A transcoder for every layer, from a folder of circuit-tracer or a repository of the hub, by component: `m0`, `m1`, ...
+
+    Those of a cross-layer transcoder are its layers, whose features write to later MLPs too (`Dictionary.later`). Raises `FileError`,
+    `CircuitGraphError`.
+    """
     folder = Path(source)
     if not folder.is_dir() and str(source).count("/") == 1:
         folder = _downloaded(str(source), "*")
