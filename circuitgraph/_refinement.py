@@ -149,7 +149,7 @@ def _check_target(one: Refinement, layer: int, target: Refinement | None, before
         )
     if not target.dictionary.is_transcoder:
         raise CircuitGraphError(
-            f"{what}, which {target.dictionary.name} divides by {target.dictionary.reads}; take the layer of the same cross-layer transcoder"
+            f"{what}, which {target.dictionary.name} divides by {target.dictionary.reads}; take the layer of that cross-layer transcoder"
         )
 
 

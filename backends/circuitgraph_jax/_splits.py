@@ -174,8 +174,8 @@ class CrossLayerSplit(eqx.Module):
 
     The activations of features go from layer to layer as `[2, features, position]`: at what their own readers hear, which is what
     they say, and at what their MLP's reader hears, which errors are without. `earlier`: how many features each earlier layer has that write
-    here; `rows` `[features, d_model]`: what they add here at activation 1. `is_kept`: whether its own are needed later. `layer` is in the structure, so
-    that no two of them are stacked.
+    here; `rows` `[features, d_model]`: what they add here at activation 1. `is_kept`: whether its own are needed later.
+    `layer` is in the structure, so that no two of them are stacked.
     """
 
     transcoder: TranscoderSplit

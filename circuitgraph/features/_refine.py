@@ -42,7 +42,8 @@ def refine(
     that is (`refined`, `fold`). `task`, `prompts`, `seed`, `backend` as in `discover`, which takes the result as its model.
 
     Of a cross-layer transcoder give all layers, or all from one on: a feature counts by what it says at all MLPs together, and a layer of
-    whose features none is chosen is in parts where earlier ones write to it, else whole. Raises `CircuitGraphError` for a dictionary that does not fit, or that has no active feature.
+    whose features none is chosen is in parts where earlier ones write to it, else whole.
+    Raises `CircuitGraphError` for a dictionary that does not fit, or that has no active feature.
 
     >>> refined = refine("zoo:tiny-english", {"m0": Neurons()}, "subject-verb-agreement", top=8)   # doctest: +SKIP
     """
