@@ -180,9 +180,11 @@ class CrossLayerSplit:
         return self.transcoder.constant
 
     def gathered(self, active: Mapping[int, Tensor], like: Tensor) -> Tensor:
-        """What the features of earlier layers are that write here, from those of each layer; of a batch such as `like`."""
-        found = [active[layer] for layer, _ in self.earlier]
-        return torch.cat(found, dim=-1) if found else like.new_zeros(2, *like.shape[1:-1], 0)
+        """What the features of earlier layers are that write here, from those of each layer; of a batch such as `like`. They are zero where
+        nobody needs any of a layer."""
+        nothing = like.new_zeros(2, *like.shape[1:-1], 0)
+        found = [active[layer] if layer in active else nothing.new_zeros(*nothing.shape[:-1], n) for layer, n in self.earlier]
+        return torch.cat([nothing, *found], dim=-1)
 
     def __call__(self, joint: MLPJoint, x: Tensor, earlier: Tensor, plan: Plan, rule: Rule) -> tuple[Tensor, Tensor | None]:
         """`[parts, prompts, position, d_model]` as of any transcoder, and what its features are where somebody writes them later."""
