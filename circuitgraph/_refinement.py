@@ -160,15 +160,6 @@ def refined(graph: Graph, refinements: Sequence[Refinement]) -> Graph:
     return graph
 
 
-def check_linear(refinements: Sequence[Refinement]) -> None:
-    """Raises `CircuitGraphError` for parts by a cross-layer transcoder, which no linear run can take yet."""
-    if crossing := [one for one in refinements if one.n_later]:
-        raise CircuitGraphError(
-            f"a linear run, as for an attribution graph, takes features that write to one MLP; those of {crossing[0].component} write to "
-            f"{crossing[0].n_later} later ones too. Score them by EAP or patching, or take transcoders of single layers"
-        )
-
-
 def check_size(graph: Graph, refinements: Sequence[Refinement], d_model: int, budget: MemoryBudget) -> None:
     """Raises `CircuitGraphError` for more nodes than there is memory for: a score for every edge, and what writers say at one token."""
     parts = [refinement.parts for refinement in refinements]

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from circuitgraph import EAP, ActivationPatching, Circuit, CircuitGraphError, FileError, Rule, UnknownNameError
 from circuitgraph._dictionary import Dictionary
 from circuitgraph._graph import Graph, Layer, Parts, transformer_graph
+from circuitgraph._linear import LogitTarget
 from circuitgraph._names import Component
 from circuitgraph._refinement import Refinement
-from circuitgraph.features import divided, feature_cards, load_transcoders, measure, merged, refine, save_dictionary
+from circuitgraph.features import attribution_graph, divided, feature_cards, load_transcoders, measure, merged, refine, save_dictionary
 from circuitgraph.testing import ReferenceModel, planted_model, random_cross_layer_transcoder, random_dictionary, random_pairs, strategies
 from circuitgraph.testing._module import architecture_of
 from circuitgraph.testing._planted import traced as traced_by
@@ -280,8 +281,6 @@ def test_what_knows_one_layer_alone_refuses(tmp_path: Path) -> None:
         save_dictionary(first, tmp_path)
     with pytest.raises(CircuitGraphError, match="is one layer of a cross-layer transcoder"):
         measure("zoo:tiny-english", first, "subject-verb-agreement", component="m0", prompts=2)
-    with pytest.raises(CircuitGraphError, match="takes features that write to one MLP; those of m0 write to 2 later ones too"):
-        traced("torch", ACROSS).linear_run([1, 2, 3])
 
 
 def test_the_loudest_features_become_nodes_by_what_they_say_everywhere() -> None:
@@ -329,6 +328,21 @@ def test_one_card_for_each_feature() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------ files
+
+
+def test_a_feature_is_one_node_of_an_attribution_graph() -> None:
+    """What it says at every MLP adds up."""
+    model, tokens = traced("torch", ACROSS), [1, 2, 3]
+    graph = attribution_graph(model, tokens, logits=1)
+    names = [node.name for node in graph.nodes]
+    assert len(set(names)) == len(names)
+    (end,) = (node for node in graph.nodes if node.kind == "logit")
+    (found,) = model.linear_run(tokens).attributions([LogitTarget(end.index)])
+    at = [n for n, node in enumerate(graph.nodes) if (node.layer, node.index, node.position) == (0, 1, 2)]
+    writers = [model.graph.writer_id(name) for name in ("m0.f1", "m0.f1.m1", "m0.f1.m2")]
+    assert np.abs(found[writers, 2]).min() > 1e-6
+    close(graph.weights[-1, at], [found[writers, 2].sum()], 1e-12)
+    close(graph.weights[-1].sum(), found.sum(), 1e-9)  # nothing is left out: here every feature that is active is a node
 
 
 def write_circuit_tracer(folder: Path, made: dict[str, Dictionary], dtype: torch.dtype) -> None:

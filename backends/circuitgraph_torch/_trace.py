@@ -19,7 +19,7 @@ from circuitgraph._graph import Graph
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import NLL, Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph._refinement import Refinement, check_linear, check_size, joined, refined, refinements_record
+from circuitgraph._refinement import Refinement, check_size, joined, refined, refinements_record
 from circuitgraph._sites import Sites
 from circuitgraph._training import DictionaryMeasures, Place, SAETraining
 from circuitgraph_torch._activations import Activations
@@ -120,7 +120,6 @@ class TorchModel:
         """This model on one prompt, linear but for its MLPs. Raises `TaskError`, `CircuitGraphError`."""
         ids = np.asarray(tokens, dtype=np.int64)
         check_vocabulary(PromptPairs([ids], [(ids + 1) % self.architecture.vocabulary], [0]), self.architecture.vocabulary)
-        check_linear(self.refinements)
         return TorchLinearRun(self._parts, self.refinements, ids)
 
     def trainer(self, place: Place, prompts: Sequence[Int[ndarray, " position"]], settings: SAETraining) -> Training:
