@@ -19,7 +19,8 @@ from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Bank, NoBank, Plan
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._joints import AttentionJoint, LayerJoints, ModelJoints
-from circuitgraph_torch._splits import CrossLayerSplit, OutputSplit
+from circuitgraph_torch._mlp import MLPJoint
+from circuitgraph_torch._splits import CrossLayerSplit, OutputSplit, Split
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -229,18 +230,9 @@ class Forward:
             x = self._read(plan, stream, site).transpose(0, 1).flatten(1, 2)  # [distinct, lanes * prompts, position, d_model]
             has_own = split is not None and split.has_readers and self._tape is not None
             x = x[torch.from_numpy(plan.row_of).to(x.device)] if has_own else x if split is not None else x[0]
-            rule = EXACT if self._tape is None else self._tape.rule
-            earlier = active = None
             with torch.set_grad_enabled(self._tape is not None):
                 x = x.detach().requires_grad_(self._tape is not None)
-                if split is None:
-                    written = joint(x, rule)[None]
-                elif isinstance(split, CrossLayerSplit):
-                    earlier = split.gathered(self._active, x).detach().requires_grad_(self._tape is not None)
-                    parts, active = split(joint, x, earlier, plan, rule)
-                    written = self._kept(parts, alive - ids.start)
-                else:
-                    written = self._kept(split(joint, x, plan, rule), alive - ids.start)
+                written, earlier, active = self._mlp_writes(joint, split, x, plan, alive - ids.start)
             if self._tape is not None:
                 starts = get_gradient_edge(written), len(written), earlier, None if active is None else get_gradient_edge(active)
                 self._tape.mlp[number] = InputStep(plan, x, *starts)
@@ -249,6 +241,20 @@ class Forward:
             after = self._add(after, alive, written.detach())
         after = self._add_sources(after, np.setdiff1d(writers, alive))
         return _added(after, joints.mlp_constant)
+
+    def _mlp_writes(
+        self, joint: MLPJoint, split: Split | None, x: Tensor, plan: Plan, chosen: Int[ndarray, " some"]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an MLP, or chosen parts of it, writes; of a layer of a cross-layer transcoder also what it was given of earlier features, and
+        what its own are, if they write later."""
+        rule = EXACT if self._tape is None else self._tape.rule
+        if split is None:
+            return joint(x, rule)[None], None, None
+        if not isinstance(split, CrossLayerSplit):
+            return self._kept(split(joint, x, plan, rule), chosen), None, None
+        earlier = split.gathered(self._active, x).detach().requires_grad_(self._tape is not None)
+        parts, active = split(joint, x, earlier, plan, rule)
+        return self._kept(parts, chosen), earlier, active
 
     def _split_stream(self, number: int, split: OutputSplit | None, site: Site | None, ids: range, stream: Tensor) -> Tensor:
         """The stream that goes on where it is refined: its parts and a constant."""
