@@ -130,7 +130,8 @@ def joined(refinements: Sequence[Refinement], before: Sequence[Refinement] = ())
     for one in refinements:
         for layer in () if not one.features else range(one.component.layer + 1, one.component.layer + one.n_later + 1):
             _check_target(one, layer, of_component(refinements, "m", layer), of_component(before, "m", layer))
-    return tuple(replace(one, earlier=tuple(other for other in refinements if _writes_to(other, one))) for one in refinements)
+    by_layer = sorted(refinements, key=lambda one: one.component.layer)  # as the writers are
+    return tuple(replace(one, earlier=tuple(other for other in by_layer if _writes_to(other, one))) for one in refinements)
 
 
 def _writes_to(one: Refinement, later: Refinement) -> bool:

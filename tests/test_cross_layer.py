@@ -258,6 +258,14 @@ def test_later_layers_must_be_handed_over_too() -> None:
     assert MODEL.refined(every[1:]).graph.writer_id("m1.f2.m2")  # a later part of it is whole
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_layers_may_be_handed_over_in_any_order(backend: str) -> None:
+    model, other_way = traced(backend, ACROSS), traced(backend, WHOLE).refined([PARTS[1], PARTS[0], PARTS[2]])
+    mask = np.random.default_rng(0).uniform(size=(1, *model.graph.shape))
+    assert other_way.graph == model.graph
+    close(other_way.bind(SHORT, "logit_diff").evaluate(mask), model.bind(SHORT, "logit_diff").evaluate(mask), 1e-10)
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     transcoder = random_dictionary(1, reads="mlp_in")
     with pytest.raises(CircuitGraphError, match=r"later has shape \(2, 6, 5\); expected \(2, 6, 8\)"):

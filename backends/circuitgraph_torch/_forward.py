@@ -245,8 +245,8 @@ class Forward:
     def _mlp_writes(
         self, joint: MLPJoint, split: Split | None, x: Tensor, plan: Plan, chosen: Int[ndarray, " some"]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What an MLP, or chosen parts of it, writes; of a layer of a cross-layer transcoder also what it was given of earlier features, and
-        what its own are, if they write later."""
+        """What an MLP, or chosen parts of it, writes. Of a layer of a cross-layer transcoder also what it was given of earlier features,
+        and what its own are, if they write later."""
         rule = EXACT if self._tape is None else self._tape.rule
         if split is None:
             return joint(x, rule)[None], None, None
