@@ -47,7 +47,9 @@ class Dictionary:
     "mlp_in" (what the MLP's first weights read), "mlp_normalized" (the same before the norm's gain) or "mlp_stream" (before the norm).
     `is_centred`: the decoder's bias is taken off the input. `input_norm`: the input is brought to length `sqrt(d_in)`
     ("constant_norm_rescale") or standardised ("layer_norm"), as SAELens does, and the output of a dictionary that is no transcoder is
-    brought back. `skip` `[d_out, d_in]`: of skip transcoders (Paulo et al. 2025).
+    brought back. `skip` `[d_out, d_in]`: of skip transcoders (Paulo et al. 2025). `later` `[layers, features, d_out]`: of a layer of a
+    cross-layer transcoder (Lindsey et al. 2024; Ameisen et al. 2025), what the features add, beside `decoder`'s rows, to the MLPs of the
+    layers after it, one by one. Such a transcoder is its layers, the last of which has no `later`.
 
     `layer`, `model`: where it was trained, as far as is known. Raises `CircuitGraphError` for arrays that do not fit together.
     """
@@ -65,6 +67,7 @@ class Dictionary:
     is_centred: bool = False
     input_norm: InputNorm | None = None
     skip: Array | None = None
+    later: Array | None = None
     layer: int | None = None
     model: str | None = None
     name: str = "dictionary"
@@ -83,6 +86,7 @@ class Dictionary:
             "magnitude_scale": (n,) if self.activation == "gated" else None,
             "magnitude_bias": (n,) if self.activation == "gated" else None,
             "skip": None if self.skip is None else (d_out, d_in),
+            "later": None if self.later is None else (max(1, len(self.later)), n, d_out),
         }
         for field, shape in wanted.items():
             array = getattr(self, field)
@@ -97,6 +101,8 @@ class Dictionary:
             raise CircuitGraphError(
                 f"{self.name}: {d_in} in, {d_out} out{', a skip' * (self.skip is not None)}: that is a transcoder's, which reads mlp_in"
             )
+        if not self.is_transcoder and self.later is not None:
+            raise CircuitGraphError(f"{self.name}: it reads {self.reads}; only features of a transcoder write to later MLPs")
         if self.is_centred and d_in != d_out:
             raise CircuitGraphError(f"{self.name}: a decoder bias of {d_out} numbers cannot be taken off an input of {d_in}")
 
@@ -111,6 +117,11 @@ class Dictionary:
     @property
     def is_transcoder(self) -> bool:
         return self.reads in TRANSCODED
+
+    @property
+    def n_later(self) -> int:
+        """To how many MLPs after its own its features write."""
+        return 0 if self.later is None else len(self.later)
 
     @property
     def component(self) -> ComponentKind:
@@ -144,6 +155,7 @@ class Dictionary:
             )
         cut = {field: getattr(self, field) for field in ("encoder_bias", "threshold", "magnitude_scale", "magnitude_bias")}
         cut = {field: None if values is None else values[:n] for field, values in cut.items()}
+        cut["later"] = None if self.later is None else self.later[:, :n]
         return replace(self, encoder=self.encoder[:, :n], decoder=self.decoder[:n], name=f"{self.name}[:{n}]", **cut)
 
     def on(self, put: Callable[[ndarray], Array]) -> Dictionary:
@@ -157,7 +169,9 @@ class Dictionary:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
-                digest.update(f"{field.name} {value.shape} ".encode() + np.ascontiguousarray(value, dtype="<f8").tobytes())
+                digest.update(f"{field.name} {value.shape} ".encode())
+                for part in value if value.ndim > 2 else (value,):  # rows for later MLPs are many, and may be mapped from a file
+                    digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
             elif field.name not in ("name", "model", "layer"):
                 digest.update(f"{field.name} {value!r} ".encode())
         return digest.hexdigest()
@@ -167,11 +181,26 @@ class Dictionary:
         return self.gates(x, features) * self.magnitudes(x, features)
 
     def decode(self, x: Array, f: Array) -> Array:
-        """The reconstruction of `x` by all features."""
+        """The reconstruction of `x` by all features, of a cross-layer transcoder by those of its own layer alone."""
         scale, affine = self.output_scale(x), self.affine(x)
         said = f @ self.decoder if scale is None else (f @ self.decoder) * scale
         said = said if affine is None else said + affine
         return said if self.constant is None else said + self.constant
+
+    def rows(self, features: Any = slice(None)) -> ndarray:
+        """What some features add at activation 1 to everything that they write to, `[features, d_out]`."""
+        rows: ndarray = self.decoder[features]
+        for later in () if self.later is None else self.later:
+            rows = rows + _wide(later[features])
+        return rows
+
+    @property
+    def loudness(self) -> ndarray:
+        """The sum of squares of what each feature says at activation 1, wherever it says it, `[features]`."""
+        squares: ndarray = (self.decoder**2).sum(1)
+        for later in () if self.later is None else self.later:
+            squares = squares + (_wide(later) ** 2).sum(1)
+        return squares
 
     def gates(self, x: Array, features: Any = slice(None)) -> Array:
         """1 where a feature is active, 0 where it is not."""
@@ -246,6 +275,11 @@ class Neurons:
 
     def parts(self, features: Sequence[int]) -> Parts:
         return Parts(tuple(int(feature) for feature in features), kind="neuron", has_error=len(features) != self.n_features)
+
+
+def _wide(rows: ndarray) -> ndarray:
+    """Rows for later MLPs, whatever their numbers are in the file."""
+    return np.asarray(rows, dtype=np.float64)
 
 
 def _size(name: str, field: str, array: Array) -> tuple[int, int]:

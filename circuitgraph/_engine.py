@@ -201,8 +201,8 @@ class TracedModel(Protocol):
         ...
 
     def refined(self, refinements: Sequence[Refinement]) -> TracedModel:
-        """The same model with some components in parts. Raises `CircuitGraphError` for a dictionary of another width, `UnknownNameError`
-        for a component that is not there."""
+        """The same model with some components in parts; layers of a cross-layer transcoder come in one call (see `_refinement.joined`).
+        Raises `CircuitGraphError` for a dictionary of another width, `UnknownNameError` for a component that is not there."""
         ...
 
     def seen_by(self, refinement: Refinement, pairs: PromptPairs) -> Iterator[Float[ndarray, "position width"]]:

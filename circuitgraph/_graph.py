@@ -44,7 +44,8 @@ class Parts:
     """Into what a refinement divides a component: features or neurons by their numbers, and what is left of it.
 
     `has_skip`: one part is linear in the component's input; `has_error`: one is the rest. `has_readers`: each feature reads the stream by
-    itself (a transcoder's do), where otherwise all of them are computed from what the component reads.
+    itself (a transcoder's do), where otherwise all of them are computed from what the component reads. `earlier`: of a cross-layer
+    transcoder, features of earlier layers that write here too, each layer with their numbers.
     """
 
     numbers: tuple[int, ...]
@@ -52,15 +53,19 @@ class Parts:
     has_skip: bool = False
     has_error: bool = True
     has_readers: bool = False
+    earlier: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numbers", tuple(sorted(self.numbers)))
+        object.__setattr__(self, "earlier", tuple(sorted((layer, tuple(sorted(numbers))) for layer, numbers in self.earlier)))
 
     def writers(self, component: Component) -> tuple[Writer, ...]:
         rest: list[tuple[PartKind, int]] = [("skip", -1)] * self.has_skip
         rest += [("error", -1)] * self.has_error
-        kinds: list[tuple[PartKind, int]] = [*((self.kind, number) for number in self.numbers), *rest]
-        return tuple(Writer(kind, component.layer, number, part_of=component.kind) for kind, number in kinds)
+        layer, part_of = component.layer, component.kind
+        own = [Writer(self.kind, layer, number, part_of=part_of) for number in self.numbers]
+        own += [Writer("feature", layer, number, part_of=part_of, origin=origin) for origin, numbers in self.earlier for number in numbers]
+        return (*own, *(Writer(kind, layer, number, part_of=part_of) for kind, number in rest))
 
     def readers(self, component: Component) -> tuple[Reader, ...]:
         """Those that the refinement adds."""
@@ -283,6 +288,8 @@ class Graph:
 
         Parts are ordinary writers, seen by whoever saw the component, and fed by its readers (a transcoder's features by readers of their
         own). Parts of the stream are seen by all that comes later, instead of what the stream was made of: only `r3` reads that.
+        What earlier features of a cross-layer transcoder say here is fed by their own readers, which must be there. The error is without
+        what they would say by their MLPs' readers, so these feed it too.
         Raises `UnknownNameError` for a component that is not there, `CircuitGraphError` for one that is refined already.
 
         >>> from circuitgraph._graph import Layer, Parts, transformer_graph
@@ -305,12 +312,24 @@ class Graph:
             visible, feeds = matrices.divided_by_reader(len(readers), len(writers))
         else:
             visible, feeds = matrices.divided(len(old), len(writers))
+        self._feed_from_earlier(feeds, parts, first)
         return Graph(
             (*self.writers[:first], *writers, *self.writers[first + len(old) :]),
             (*self.readers[:row], *readers, *self.readers[row:]),
             visible,
             feeds,
         )
+
+    def _feed_from_earlier(self, feeds: Bool[ndarray, "readers writers"], parts: Parts, first: int) -> None:
+        """Whom the earlier layers' readers feed among the parts, which begin at column `first`."""
+        column, error = first + len(parts.numbers), first + len(parts.numbers) + sum(len(numbers) for _, numbers in parts.earlier)
+        error += parts.has_skip
+        for origin, numbers in parts.earlier:
+            feeds[self.reader_id(Reader("mlp", origin)), error] = True
+            for number in numbers:
+                feeds[:, column] = False
+                feeds[self.reader_id(Reader("feature", origin, number)), column] = True
+                column += 1
 
     def _check_refinable(self, component: Component, parts: Parts) -> None:
         if self.spans:

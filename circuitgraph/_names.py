@@ -5,7 +5,8 @@ With grouped-query attention a reader shared by the heads of group 2 is written 
 only is written `a5.h1@S2`.
 
 After a refinement (see `Graph.refine`) an MLP or an attention says `m3.f12`, `m3.f99` (features of a dictionary), `m3.n7` (a neuron),
-`m3.skip` and `m3.err`; so does the residual stream before layer 5, `r5.f12`, whose reader is `r5`.
+`m3.skip` and `m3.err`; so does the residual stream before layer 5, `r5.f12`, whose reader is `r5`. What feature 12 of layer 3 of a
+cross-layer transcoder says at the MLP of layer 5 is `m3.f12.m5`: a part of `m5`, computed from the reader `m3.f12`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _HEAD = re.compile(r"a?(\d+)\.(h|g)?(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?(\d+)", re.IGNORECASE)
 _COMPONENT = re.compile(r"([ram])(\d+)", re.IGNORECASE)
 _PART = re.compile(r"([ram])(\d+)\.(?:([fn])(\d+)|(skip|err))", re.IGNORECASE)
+_LATER = re.compile(r"m(\d+)\.f(\d+)\.m(\d+)", re.IGNORECASE)
 _LETTERS: dict[str, PartKind] = {"f": "feature", "n": "neuron", "skip": "skip", "err": "error"}
 _SPELLED: dict[str, str] = {kind: letter for letter, kind in _LETTERS.items()}
 _SPAN = re.compile(r"[^\s@<>-]+")
@@ -70,7 +72,8 @@ class Writer:
     """Something that adds a vector to the residual stream: the embeddings, an attention head, an MLP, or a part of a refined component.
 
     Where the embeddings are two writers, `tok` has index 0 and `pos` index 1. `part_of`: of a part, what it is a part of.
-    `span`: only what it adds at the positions of this part of the prompt; all of them if empty.
+    `span`: only what it adds at the positions of this part of the prompt; all of them if empty. `origin`: the layer that a feature of a
+    cross-layer transcoder reads, where it is an earlier one than `layer`, whose MLP says it.
     """
 
     kind: WriterKind
@@ -78,6 +81,7 @@ class Writer:
     index: int = -1
     span: str = ""
     part_of: ComponentKind | None = None
+    origin: int = -1
 
     @property
     def name(self) -> str:
@@ -88,6 +92,8 @@ class Writer:
         """The name without the span."""
         if self.kind == "head":
             return f"a{self.layer}.h{self.index}"
+        if self.origin >= 0:
+            return f"m{self.origin}.f{self.index}.m{self.layer}"
         if self.part_of is not None:
             return f"{self.part_of}{self.layer}.{_SPELLED[self.kind]}{'' if self.index < 0 else self.index}"
         return f"m{self.layer}" if self.kind == "mlp" else INPUTS[self.index + 1]
@@ -104,8 +110,8 @@ class Writer:
             return 0
         return 2 * self.layer + {"r": 0.3, "a": 1, "m": 2}[self.part_of or ("a" if self.kind == "head" else "m")]
 
-    def _key(self) -> tuple[float, int, int]:
-        return (self.depth, _ORDER.index(self.kind), self.index)
+    def _key(self) -> tuple[float, int, int, int]:
+        return (self.depth, _ORDER.index(self.kind), self.origin, self.index)
 
     def __lt__(self, other: Writer) -> bool:
         return self._key() < other._key()
@@ -133,6 +139,8 @@ class Writer:
             if part := _PART.fullmatch(node):
                 kind = _LETTERS[(part[3] or part[5]).lower()]
                 return cls(kind, int(part[2]), int(part[4] or -1), span, part[1].lower())  # type: ignore[arg-type]
+            if (later := _LATER.fullmatch(node)) and int(later[1]) < int(later[3]):
+                return cls("feature", int(later[3]), int(later[2]), span, "m", int(later[1]))
         raise UnknownNameError(f"{text!r} is not the name of a writer; {_meant(text, 'input') or _EXPECTED_WRITER}")
 
 

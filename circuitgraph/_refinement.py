@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from circuitgraph._dictionary import Dictionary, Neurons
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph, Parts
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._names import Component
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,9 @@ class Refinement:
 
         sum over features of f * decoder row  +  skip, if there is one  +  error  +  constant (the decoder's bias, which is no writer's)
 
+    `earlier`: the refinements of earlier MLPs by layers of the same cross-layer transcoder, whose features are then in that sum too; the
+    traced model's `refined` finds them among those that are handed over together.
+
     Raises `CircuitGraphError` for a dictionary of another kind of component, or features that it does not have.
     """
 
@@ -45,6 +54,7 @@ class Refinement:
     dictionary: Dictionary | Neurons
     features: tuple[int, ...]
     fold: Fold | None = None
+    earlier: tuple[Refinement, ...] = ()
 
     def __post_init__(self) -> None:
         made_for = self.dictionary.component
@@ -57,7 +67,26 @@ class Refinement:
 
     @property
     def parts(self) -> Parts:
-        return self.dictionary.parts(self.features)
+        earlier = tuple((one.component.layer, one.features) for one in self.earlier)
+        return replace(self.dictionary.parts(self.features), earlier=earlier)
+
+    @property
+    def n_later(self) -> int:
+        """To how many MLPs after its own its features write."""
+        return 0 if isinstance(self.dictionary, Neurons) else self.dictionary.n_later
+
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether its features write to later MLPs, or those of earlier ones to this."""
+        return self.n_later > 0 or len(self.earlier) > 0
+
+    def rows_at(self, layer: int) -> Float[ndarray, "features d_model"]:
+        """What its features add at activation 1 to the MLP of a later layer."""
+        assert isinstance(self.dictionary, Dictionary)
+        assert self.dictionary.later is not None
+        of_layer = self.dictionary.later[layer - self.component.layer - 1]
+        rows: Float[ndarray, "features d_model"] = np.asarray(of_layer[[*self.features]], dtype=np.float64)
+        return rows
 
     def check_width(self, width: int, d_model: int) -> None:
         """`width`: how many numbers the dictionary's place has. Raises `CircuitGraphError` where it expects another number."""
@@ -83,6 +112,7 @@ class Refinement:
             "reads": dictionary.reads,
             **hashed,
             "features": len(self.features),
+            **({"also_writes_to": [f"m{self.component.layer + n}" for n in range(1, self.n_later + 1)]} if self.n_later else {}),
             **({} if self.fold is None else {"fold": dataclasses.asdict(self.fold)}),
         }
 
@@ -92,9 +122,41 @@ def refinements_record(refinements: Sequence[Refinement]) -> dict[str, Any]:
     return {"refined": [refinement.record() for refinement in refinements]} if refinements else {}
 
 
+def joined(refinements: Sequence[Refinement], before: Sequence[Refinement] = ()) -> tuple[Refinement, ...]:
+    """The same, each with those whose features write to its MLP too; `before` are those of the model already.
+
+    Raises `CircuitGraphError` where features write to an MLP that is not among them, or that another kind of dictionary divides.
+    """
+    for one in refinements:
+        for layer in () if not one.features else range(one.component.layer + 1, one.component.layer + one.n_later + 1):
+            _check_target(one, layer, of_component(refinements, "m", layer), of_component(before, "m", layer))
+    by_layer = sorted(refinements, key=lambda one: one.component.layer)  # as the writers are
+    return tuple(replace(one, earlier=tuple(other for other in by_layer if _writes_to(other, one))) for one in refinements)
+
+
+def _writes_to(one: Refinement, later: Refinement) -> bool:
+    distance = later.component.layer - one.component.layer
+    return later.component.kind == "m" and 0 < distance <= one.n_later and len(one.features) > 0
+
+
+def _check_target(one: Refinement, layer: int, target: Refinement | None, before: Refinement | None) -> None:
+    what = f"refine {one.component}: features of {one.dictionary.name} write to m{layer} too"
+    if target is None and before is not None:
+        raise CircuitGraphError(f"{what}, which is in parts already; hand over all layers of a cross-layer transcoder in one call")
+    if target is None:
+        raise CircuitGraphError(
+            f"{what}, which is not among the components to refine; hand over the later layers of the cross-layer transcoder as well, "
+            f"without features if none of theirs are to be nodes"
+        )
+    if not target.dictionary.is_transcoder:
+        raise CircuitGraphError(
+            f"{what}, which {target.dictionary.name} divides by {target.dictionary.reads}; take the layer of that cross-layer transcoder"
+        )
+
+
 def refined(graph: Graph, refinements: Sequence[Refinement]) -> Graph:
     """A graph with all of these components replaced by their parts."""
-    for refinement in refinements:
+    for refinement in sorted(refinements, key=lambda one: one.component.layer):  # readers that feed parts of later MLPs come first
         graph = graph.refine(refinement.component, refinement.parts)
     return graph
 
@@ -102,7 +164,7 @@ def refined(graph: Graph, refinements: Sequence[Refinement]) -> Graph:
 def check_size(graph: Graph, refinements: Sequence[Refinement], d_model: int, budget: MemoryBudget) -> None:
     """Raises `CircuitGraphError` for more nodes than there is memory for: a score for every edge, and what writers say at one token."""
     parts = [refinement.parts for refinement in refinements]
-    n_writers = len(graph.writers) + sum(len(one.numbers) for one in parts)
+    n_writers = len(graph.writers) + sum(len(one.numbers) + sum(len(numbers) for _, numbers in one.earlier) for one in parts)
     n_readers = len(graph.readers) + sum(len(one.numbers) for one in parts if one.has_readers)
     budget.check_answer(
         f"refine {', '.join(one.component.name for one in refinements)}: scores by reader and writer,", n_readers, n_writers

@@ -22,7 +22,7 @@ from circuitgraph._engine import Engine, TracedModel
 from circuitgraph._errors import unknown_name
 from circuitgraph._names import Component
 from circuitgraph._refinement import Refinement
-from circuitgraph.testing import ReferenceModel, ReferenceTrace, random_dictionary, random_pairs
+from circuitgraph.testing import ReferenceModel, ReferenceTrace, random_cross_layer_transcoder, random_dictionary, random_pairs
 
 BACKENDS = ("reference", "torch", "jax")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -43,11 +43,17 @@ ONLY_REFERENCE: dict[str, dict[str, Any]] = {
 }
 
 
+_DEEPER: dict[str, Any] = {"gpt2 of three layers": {"family": "gpt2", "n_layers": 3}}  # for parts that reach from layer to layer
 _D_MODEL = 16  # of the small models; their heads together have as many numbers as the stream
 
 
 def _parts(component: str, features: tuple[int, ...], seed: int, **options: Any) -> Refinement:
     return Refinement(Component.parse(component), random_dictionary(seed, width=_D_MODEL, **options), features)
+
+
+def _across_layers(features: tuple[tuple[int, ...], ...], seed: int, **options: Any) -> tuple[Refinement, ...]:
+    layers = random_cross_layer_transcoder(len(features), seed, width=_D_MODEL, **options)
+    return tuple(Refinement(Component.parse(at), layers[at], chosen) for at, chosen in zip(layers, features, strict=True))
 
 
 IN_PARTS: dict[str, tuple[str, tuple[Refinement, ...]]] = {
@@ -75,6 +81,7 @@ IN_PARTS: dict[str, tuple[str, tuple[Refinement, ...]]] = {
             _parts("r2", (1, 3), 8, reads="stream", activation="jumprelu"),
         ),
     ),
+    "gpt2 across layers": ("gpt2 of three layers", _across_layers(((1, 2), (5,), (5,)), 6, activation="jumprelu", has_skip=True)),
 }
 """Models whose components are in parts: every kind of dictionary, of component and of norm somewhere."""
 
@@ -120,9 +127,10 @@ def traced(backend: str, family: str = "gpt2", *, per_head_kv: bool = False) -> 
         return traced(backend, whole, per_head_kv=per_head_kv).refined(refinements)
     if family in ONLY_REFERENCE:
         return ReferenceModel.random(14, **ONLY_REFERENCE[family]).traced(per_head_kv=per_head_kv)
+    model = small_model(**_DEEPER.get(family, {"family": family}))
     if backend == "reference":
-        return trace(small_model(family), per_head_kv=per_head_kv)
-    return circuitgraph.trace(small_model(family), backend=backend, per_head_kv=per_head_kv)
+        return trace(model, per_head_kv=per_head_kv)
+    return circuitgraph.trace(model, backend=backend, per_head_kv=per_head_kv)
 
 
 @cache

@@ -278,8 +278,8 @@ def test_transcoders_of_circuit_tracer(tmp_path: Path) -> None:
         assert found.reads == "mlp_in"
     with pytest.raises(CircuitGraphError, match="read them with load_transcoders"):
         load_dictionary(tmp_path)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_kind": "cross_layer_transcoder"}))
-    with pytest.raises(CircuitGraphError, match="model_kind is 'cross_layer_transcoder'"):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_kind": "crosscoder"}))
+    with pytest.raises(CircuitGraphError, match="model_kind is 'crosscoder'; expected transcoder_set or cross_layer_transcoder"):
         load_transcoders(tmp_path)
 
 

@@ -64,7 +64,7 @@ def pushed_forward(engine: Any, mask: np.ndarray, direction: np.ndarray) -> np.n
         differences = batch.live.values - source.values
 
         def values(mask: Any) -> Any:
-            where = (jnp.asarray(0, jnp.int32), Kept(batch.live.streams, differences), source.whole)
+            where = (jnp.asarray(0, jnp.int32), Kept(batch.live.streams, differences, batch.live.active), source.whole)
             again = Again.everything(batch.decoder.n_layers)
             return queries.evaluate(batch.decoder, engine.metric, mask[None], *where, batch._question, again)[0]
 

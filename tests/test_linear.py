@@ -14,7 +14,7 @@ from circuitgraph._dictionary import Dictionary
 from circuitgraph._linear import FeatureTarget, LogitTarget
 from circuitgraph._names import Component
 from circuitgraph._refinement import Refinement
-from circuitgraph.testing import ReferenceModel, planted_model, random_dictionary
+from circuitgraph.testing import ReferenceModel, planted_model, random_cross_layer_transcoder, random_dictionary
 from circuitgraph.testing._reference_rules import Memory
 
 HELD = Rule(norms="frozen", patterns="frozen")
@@ -78,6 +78,13 @@ class Held:
 @pytest.mark.parametrize("reads", ["mlp_in", "mlp_stream"])
 def test_attributions_are_what_each_writer_adds(family: str, reads: str) -> None:
     refinements = transcoders(reads, has_skip=True)
+    check(traced("torch", family), traced("reference", family).model, refinements, 2e-5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_so_are_those_of_features_that_write_to_several_mlps(family: str) -> None:
+    layers = random_cross_layer_transcoder(2, 1, width=16, has_skip=True).values()
+    refinements = [Refinement(Component("m", layer), dictionary, (0, 2, 5)) for layer, dictionary in enumerate(layers)]
     check(traced("torch", family), traced("reference", family).model, refinements, 2e-5)  # type: ignore[attr-defined]
 
 

@@ -140,12 +140,20 @@ def test_twice_and_by_span_are_refused() -> None:
     assert layers().refine("m0", Parts((1,))).by_span(["S", "END"]).spans == ("S", "END")
 
 
-@pytest.mark.parametrize("name", ["m3.f12", "m3.n7", "m3.err", "m3.skip", "a3.f1", "r5.f2", "r5.err", "m3.f12@S2"])
+@pytest.mark.parametrize(
+    "name", ["m3.f12", "m3.n7", "m3.err", "m3.skip", "a3.f1", "r5.f2", "r5.err", "m3.f12@S2", "m3.f12.m5", "m3.f12.m5@S2"]
+)
 def test_names_of_parts_read_back(name: str) -> None:
     writer = Writer.parse(name)
     assert writer.name == name
     assert Writer.parse(name.upper().split("@")[0]) == Writer.parse(name.split("@")[0])
-    assert writer.component == Component.parse(name.partition(".")[0])
+    assert writer.component == Component.parse("m5" if name.startswith("m3.f12.m5") else name.partition(".")[0])
+
+
+@pytest.mark.parametrize("name", ["m5.f1.m3", "m5.f1.m5", "a3.f1.m5", "m3.n1.m5"])
+def test_a_feature_writes_to_later_mlps_alone(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="is not the name of a writer"):
+        Writer.parse(name)
 
 
 @pytest.mark.parametrize("name", ["r5", "m3.f12"])

@@ -8,6 +8,7 @@ a running gradient of the stream, plus corrections.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -22,6 +23,7 @@ from circuitgraph_jax._live import live_run, run_beside
 from circuitgraph_jax._recomputed import Heads
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._run import Run, Tape
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -87,7 +89,8 @@ def backward(
 ) -> list[Array]:
     """What is taken from every layer, stack by stack with a leading axis of layers, and last from the logits. `take` is told how many
     writers the layers of its stack may see."""
-    grads = WriterGrads(jnp.zeros_like(run.end), None if masking is None else jnp.zeros_like(run.bank))
+    corrections, active = None if masking is None else jnp.zeros_like(run.bank), jax.tree.map(jnp.zeros_like, run.active)
+    grads = WriterGrads(jnp.zeros_like(run.end), corrections, active)
     grads = grads.add(None if masking is None else masking.end, grad_end[None])
     taken = [take(Found(grad_end[None]), len(run.bank))]
     for number, place in reversed([*enumerate(decoder.places)]):
@@ -105,14 +108,18 @@ def backward(
 
 
 class WriterGrads(eqx.Module):
-    """The gradient of what a writer says: that of the live `stream`, plus a writer's own correction where edges are not all live."""
+    """The gradient of what a writer says: that of the live `stream`, plus a writer's own correction where edges are not all live.
+
+    `active`: those of what features are that write to later layers, by layer.
+    """
 
     stream: Float[Array, "position d_model"]
     corrections: Float[Array, "writers position d_model"] | None
+    active: Active
 
     def up_to(self, writer: int) -> WriterGrads:
         """Without the later writers, which are done with."""
-        return WriterGrads(self.stream, None if self.corrections is None else self.corrections[:writer])
+        return replace(self, corrections=None if self.corrections is None else self.corrections[:writer])
 
     def of(self, first: Array, n: int) -> Float[Array, "some position d_model"]:
         """Of `n` writers, or the one that all writers share."""
@@ -120,13 +127,13 @@ class WriterGrads(eqx.Module):
 
     def cut(self) -> WriterGrads:
         """Before a divided stream: what comes after it is none of the stream's business, nor of those who wrote to it."""
-        return WriterGrads(jnp.zeros_like(self.stream), self.corrections)
+        return replace(self, stream=jnp.zeros_like(self.stream))
 
     def add(self, edges: Edges | SpanEdges | None, grads: Float[Array, "readers position d_model"]) -> WriterGrads:
         """Hand the gradients of readers' inputs on to the writers they read."""
         if edges is None or self.corrections is None:
-            return WriterGrads(self.stream + _sum(grads), None)
-        return WriterGrads(self.stream + _sum(edges.to_stream(grads)), self.corrections + edges.to_bank(grads))
+            return replace(self, stream=self.stream + _sum(grads))
+        return replace(self, stream=self.stream + _sum(edges.to_stream(grads)), corrections=self.corrections + edges.to_bank(grads))
 
 
 def _layer(grads: WriterGrads, bank: Array, way: Way, here: _Step) -> tuple[WriterGrads, Found]:
@@ -149,21 +156,37 @@ def _mlp(grads: WriterGrads, bank: Array, way: Way, here: _Step) -> tuple[Writer
     layer, masking, tape = here.layer, here.masking, here.tape
     x = tape.before_mlp[None] if masking is None else masking.read_mlp(layer, tape.before_mlp, bank)
     of_writers = grads.of(here.first_writer + layer.n_writers_before_mlp, layer.n_mlp_writers)
-    grad = way.past(here.number, _through_mlp(layer, way, x, tape, of_writers))
-    return grads.add(None if masking is None else masking.of_mlp(layer), grad), grad
+    if layer.splits.mlp is None:
+        of_readers, active = _through_mlp(layer, way, x, tape, of_writers), grads.active
+    else:
+        of_readers, active = _through_mlp_parts(layer, way, x, of_writers, grads.active)
+    grad = way.past(here.number, of_readers)
+    return replace(grads, active=active).add(None if masking is None else masking.of_mlp(layer), grad), grad
 
 
 def _through_mlp(
     layer: Layer, way: Way, x: Float[Array, "readers position d_model"], tape: Tape, of_writers: Float[Array, "writers position d_model"]
 ) -> Float[Array, "readers position d_model"]:
-    """The gradients of the inputs of its readers, from those of its writers; of either there may be one that all share."""
-    mlp, split = layer.mlp, layer.splits.mlp
+    """The gradient of the input of a whole MLP, from that of what it says."""
+    mlp = layer.mlp
     assert mlp is not None
-    if split is None:
-        grad = _pull(lambda hidden: way.contract(mlp, hidden), tape.hidden, of_writers[0])
-        return _pull(mlp.expand, x[0], grad)[None]  # type: ignore[no-any-return]
+    grad = _pull(lambda hidden: way.contract(mlp, hidden), tape.hidden, of_writers[0])
+    return _pull(mlp.expand, x[0], grad)[None]  # type: ignore[no-any-return]
+
+
+def _through_mlp_parts(
+    layer: Layer,
+    way: Way,
+    x: Float[Array, "readers position d_model"],
+    of_writers: Float[Array, "writers position d_model"],
+    active: Active,
+) -> tuple[Float[Array, "readers position d_model"], Active]:
+    """The gradients of the inputs of its readers, from those of its writers (of either there may be one that all share) and of what its
+    features are; and with these what goes on to features of earlier layers. Parts are linear in them, so what they were does not matter."""
     inputs, grad = _each(x, layer.n_mlp_readers), _each(of_writers, layer.n_mlp_writers)
-    return _pull(lambda x: split(mlp, x, way.inner), inputs, grad)  # type: ignore[no-any-return]
+    _, pull = jax.vjp(lambda x, active: layer.mlp_parts(x, way.inner, active), inputs, jax.tree.map(jnp.zeros_like, active))
+    of_readers, active = pull((grad, active))
+    return of_readers, active
 
 
 def _attention(

@@ -184,7 +184,7 @@ class Batch:
         return np.asarray(values)[: len(masks), : len(self)]
 
     def _live_kept(self, source: SourceRun) -> Kept:
-        return Kept(self.live.streams, self._live_differences(source))
+        return Kept(self.live.streams, self._live_differences(source), self.live.active)
 
     def _start(self, part: Part) -> Array:
         """The layer of the first reader that hears something else."""

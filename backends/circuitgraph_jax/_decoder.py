@@ -14,6 +14,7 @@ from jax import Array, lax
 from circuitgraph._refinement import Refinement
 from circuitgraph_jax._joints import Norm
 from circuitgraph_jax._layer import Layer
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -91,6 +92,11 @@ class Decoder(eqx.Module):
             at = one.component.layer - first
             layers[at] = layers[at].refined(one, self.embedding.dtype)
         return layers
+
+    def nothing_active(self, like: Float[Array, "position d_model"]) -> Active:
+        """Zeros for what features are that write to later layers, by layer."""
+        counts = {layer: n for stack in self.stacks for layer, n in stack.n_active.items()}
+        return {layer: jnp.zeros((2, n, len(like)), like.dtype) for layer, n in counts.items()}
 
     def layer(self, number: int) -> Layer:
         """One layer by itself."""

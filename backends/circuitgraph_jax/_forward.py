@@ -19,6 +19,7 @@ from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._layer import Layer
 from circuitgraph_jax._run import Run, Tape, grown, keep
 from circuitgraph_jax._spans import Spans
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -207,13 +208,14 @@ def forward(
 ) -> Run:
     """The run of one prompt under a mask."""
     stream, bank, tapes = embedding, (embedding - source[0])[None], []
+    active = decoder.nothing_active(embedding)
     for number, place in enumerate(decoder.places):
         bank = grown(bank, place)
-        (stream, bank), tape = lax.scan(
-            lambda carry, here: run_layer(*carry, source, here), (stream, bank), _steps(decoder, masking, number)
+        (stream, bank, active), tape = lax.scan(
+            lambda carry, here: run_layer(*carry, source, here), (stream, bank, active), _steps(decoder, masking, number)
         )
         tapes.append(tape)
-    return Run(masking.read_end(stream, bank), bank, tuple(tapes))
+    return Run(masking.read_end(stream, bank), bank, tuple(tapes), active)
 
 
 def _steps(decoder: Decoder, masking: Masking, number: int) -> Step:
@@ -221,9 +223,10 @@ def _steps(decoder: Decoder, masking: Masking, number: int) -> Step:
 
 
 def run_layer(
-    stream: Float[Array, "position d_model"], bank: Float[Array, "writers position d_model"], source: Array, here: Step
-) -> tuple[tuple[Array, Array], Tape]:
-    """One layer under a mask: the stream after it and the bank with what it says, and the tape. `source` `[writers, span, d_model]`."""
+    stream: Float[Array, "position d_model"], bank: Float[Array, "writers position d_model"], active: Active, source: Array, here: Step
+) -> tuple[tuple[Array, Array, Active], Tape]:
+    """One layer under a mask: the stream after it, the bank with what it says and what features are that write to later layers, and the
+    tape. `source` `[writers, span, d_model]`."""
     layer, writer = here.layer, here.first_writer
     before_stream, before, projected, hidden = None, stream, None, None
     if layer.splits.stream is not None:
@@ -237,10 +240,10 @@ def run_layer(
         after = before + layer.attention.write(mixed)
     before_mlp = before if layer.is_parallel else after
     if layer.mlp is not None:
-        hidden, written = layer.run_mlp(here.masking.read_mlp(layer, before_mlp, bank))
+        hidden, written, active = layer.run_mlp(here.masking.read_mlp(layer, before_mlp, bank), active)
         bank = _keep(bank, written, source, writer + layer.n_writers_before_mlp)
         after = layer.after_mlp(after, written)
-    return (after, bank), Tape(before_stream, before, projected, before_mlp, hidden)
+    return (after, bank, active), Tape(before_stream, before, projected, before_mlp, hidden)
 
 
 def _keep(bank: Array, written: Float[Array, "some position d_model"], source: Array, at: Int[Array, ""]) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 
 from circuitgraph._refinement import Refinement
 from circuitgraph_jax._joints import MLP, Attention
-from circuitgraph_jax._splits import OutputSplit, Splits, attention_split, mlp_split
+from circuitgraph_jax._splits import Active, CrossLayerSplit, Inner, OutputSplit, Splits, attention_split, mlp_split
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,15 +98,32 @@ class Layer(eqx.Module):
         return self.attention.write_each(mixed) if self.splits.attention is None else self.splits.attention(self.attention, mixed)
 
     def run_mlp(
-        self, x: Float[Array, "readers position d_model"]
-    ) -> tuple[tuple[Float[Array, "position width"], ...] | None, Float[Array, "writers position d_model"]]:
+        self, x: Float[Array, "readers position d_model"], active: Active
+    ) -> tuple[tuple[Float[Array, "position width"], ...] | None, Float[Array, "writers position d_model"], Active]:
         """From the inputs of the MLP's readers, or the one that all share: what goes on tape (nothing of parts: they are run again on the
-        way back), and what each writer says. With `mlp_constant` they add up to what the MLP adds to the stream."""
+        way back), what each writer says, and `active` with what features are that write to later layers. With `mlp_constant` the writers
+        add up to what the MLP adds to the stream."""
         assert self.mlp is not None
         if self.splits.mlp is not None:
-            return None, self.splits.mlp(self.mlp, x, MLP.inner)
+            return None, *self.mlp_parts(x, MLP.inner, active)
         hidden = self.mlp.expand(x[0])
-        return hidden, self.mlp.contract(hidden)[None]
+        return hidden, self.mlp.contract(hidden)[None], active
+
+    def mlp_parts(
+        self, x: Float[Array, "readers position d_model"], inner: Inner, active: Active
+    ) -> tuple[Float[Array, "writers position d_model"], Active]:
+        """The same of an MLP in parts, in which `inner` stands for `MLP.inner`."""
+        assert self.mlp is not None
+        assert self.splits.mlp is not None
+        if isinstance(self.splits.mlp, CrossLayerSplit):
+            return self.splits.mlp(self.mlp, x, inner, active)
+        return self.splits.mlp(self.mlp, x, inner), active
+
+    @property
+    def n_active(self) -> dict[int, int]:
+        """The layer's number, and how many of its features write to later ones; nothing where none does."""
+        split = self.splits.mlp
+        return {split.layer: split.transcoder.output.n_features} if isinstance(split, CrossLayerSplit) and split.is_kept else {}
 
     def after_mlp(
         self, stream: Float[Array, "position d_model"], written: Float[Array, "writers position d_model"]

@@ -21,16 +21,19 @@ from circuitgraph_jax._resumed import Again, Kept, resumed
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._run import Run
 from circuitgraph_jax._spans import Spans
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
 class Live(eqx.Module):
-    """The model's own run: what the writers say, and the stream before each layer and at the end."""
+    """The model's own run: what the writers say, the stream before each layer and at the end, and what features are that write to later
+    layers."""
 
     values: Float[Array, "prompts writers position d_model"]
     streams: Float[Array, "prompts ends position d_model"]
+    active: Active
 
 
 class Source(eqx.Module):
@@ -80,7 +83,7 @@ def live(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Live:
     def one(ids: Array) -> Live:
         x = decoder.embed(ids)
         run = live_run(decoder, x, jnp.zeros((decoder.visible.shape[1], 1, x.shape[-1]), x.dtype))
-        return Live(run.bank, jnp.concatenate([*(tape.start for tape in run.tapes), run.end[None]]))
+        return Live(run.bank, jnp.concatenate([*(tape.start for tape in run.tapes), run.end[None]]), run.active)
 
     return jax.vmap(one)(tokens)
 
@@ -138,7 +141,7 @@ def moved(decoder: Decoder, mask: Float[Array, "readers writers"], start: Int[Ar
     def one(masking: Masking, kept: Kept, said: Array) -> Kept:
         _, bank = resumed(decoder, start, kept, said, masking, again)
         streams = SourceStreams.of(decoder, bank + said)
-        return Kept(jnp.concatenate([*streams.starts, streams.end[None]]), bank)
+        return Kept(jnp.concatenate([*streams.starts, streams.end[None]]), bank, kept.active)
 
     return jax.vmap(one)(_masking(decoder, mask, source, None), kept, source.values)
 

@@ -16,16 +16,19 @@ from circuitgraph._sites import Sites
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._forward import Edges, Masking, Step, run_layer
 from circuitgraph_jax._run import keep
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
 class Kept(eqx.Module):
-    """What was said in a run: the stream before each layer and at the end, and every writer's difference `live - source`."""
+    """What was said in a run: the stream before each layer and at the end, every writer's difference `live - source`, and what features are
+    that write to later layers."""
 
     streams: Float[Array, "ends position d_model"]
     differences: Float[Array, "writers position d_model"]
+    active: Active
 
 
 class Again(eqx.Module):
@@ -66,18 +69,22 @@ def resumed(
     What is dead says what it said in the kept run, to the stream and to the bank alike, so that a reader that does not hear it hears the
     source exactly. A layer with parts is always run anew.
     """
-    stream, bank = kept.streams[start], kept.differences[:1]
+    stream, bank, active = kept.streams[start], kept.differences[:1], kept.active
     for number, place in enumerate(decoder.places):
         layers = slice(place.layer, place.layer + place.n_layers)
         parts = Again(again.attention[layers], again.mlp[layers])
         steps = _Step(Step(decoder.stacks[number], masking.steps(decoder, number), place.first_writers), parts)
 
-        def step(at: Int[Array, ""], carry: tuple[Array, Array], steps: _Step = steps) -> tuple[Array, Array]:
+        def step(at: Int[Array, ""], carry: tuple[Array, Array, Active], steps: _Step = steps) -> tuple[Array, Array, Active]:
             now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), steps)
-            return run_layer(*carry, source, now.here)[0] if now.here.layer.is_divided else _layer(*carry, source, now.here, now.again)
+            if now.here.layer.is_divided:
+                return run_layer(*carry, source, now.here)[0]
+            stream, bank, active = carry
+            return *_layer(stream, bank, source, now.here, now.again), active
 
         bank = jnp.concatenate([bank, kept.differences[place.writer : place.end_writer]])
-        stream, bank = lax.fori_loop(jnp.clip(start - place.layer, 0, place.n_layers), place.n_layers, step, (stream, bank))
+        first = jnp.clip(start - place.layer, 0, place.n_layers)
+        stream, bank, active = lax.fori_loop(first, place.n_layers, step, (stream, bank, active))
     return masking.read_end(stream, bank), bank
 
 

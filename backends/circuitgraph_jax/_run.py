@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from circuitgraph_jax._decoder import Place
+from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -30,11 +31,13 @@ class Tape(eqx.Module):
 
 
 class Run(eqx.Module):
-    """The logits' input, every writer's difference `live - source`, and per stack the tape of its layers."""
+    """The logits' input, every writer's difference `live - source`, per stack the tape of its layers, and what features are that write to
+    later layers."""
 
     end: Float[Array, "position d_model"]
     bank: Float[Array, "writers position d_model"]
     tapes: tuple[Tape, ...]
+    active: Active
 
 
 def grown(bank: Float[Array, "writers position d_model"], place: Place) -> Float[Array, "writers position d_model"]:

@@ -45,7 +45,7 @@ def logit_weights(decoder: Decoder, refinement: Refinement, features: Sequence[i
         mlp = decoder.layer(number).mlp
         assert mlp is not None
         return decoder.weights(mlp.down.T[chosen] * mlp.scale)
-    rows = jnp.asarray(dictionary.decoder[chosen], decoder.embedding.dtype)
+    rows = jnp.asarray(dictionary.rows(chosen), decoder.embedding.dtype)
     if dictionary.reads == "attn_z":
         attention = decoder.layer(number).attention
         assert attention is not None

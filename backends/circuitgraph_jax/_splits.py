@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from circuitgraph._dictionary import Dictionary, Neurons
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Inner = Callable[[MLP, tuple[Array, ...]], Array]  # of an MLP, `MLP.inner` or what a rule has in its place
+Active = dict[int, Array]  # by layer, `[2, features, position]`: see `CrossLayerSplit`
 
 _NAMES = ("name", "layer", "model")  # of a dictionary: they change nothing that is computed, so nothing is compiled for them
 
@@ -39,11 +41,12 @@ class OutputSplit(eqx.Module):
     def of(cls, refinement: Refinement, dtype: Any) -> OutputSplit:
         dictionary = refinement.dictionary
         assert isinstance(dictionary, Dictionary)  # neurons are an MLP's, and have a split of their own
-        dictionary = dictionary.on(lambda array: jnp.asarray(array, dtype))
+        dictionary = replace(dictionary, later=None).on(lambda array: jnp.asarray(array, dtype))
         named = {field.name: getattr(dictionary, field.name) for field in fields(dictionary)}
         arrays = {name: value for name, value in named.items() if isinstance(value, Array)}
         kind = tuple((name, value) for name, value in named.items() if name not in (*arrays, *_NAMES))
-        return cls(arrays, jnp.asarray(refinement.features, jnp.int32), kind, len(refinement.parts.writers(refinement.component)))
+        n_writers = len(dictionary.parts(refinement.features).writers(refinement.component))
+        return cls(arrays, jnp.asarray(refinement.features, jnp.int32), kind, n_writers)
 
     @property
     def dictionary(self) -> Dictionary:
@@ -73,7 +76,7 @@ class OutputSplit(eqx.Module):
 
     def decoded(self, f: Float[Array, "features position"]) -> Float[Array, "features position d_model"]:
         """What features say at these activations."""
-        return f[..., None] * self.arrays["decoder"][self.features][:, None]
+        return spread(f, self.arrays["decoder"][self.features])
 
 
 class AttentionSplit(eqx.Module):
@@ -144,16 +147,82 @@ class TranscoderSplit(eqx.Module):
         return self.output.n_writers
 
     def __call__(self, mlp: MLP, x: Float[Array, "readers position d_model"], inner: Inner) -> Float[Array, "writers position d_model"]:
-        main, own, reads = x[0], x[1:], self.output.dictionary.reads
-        whole = self.output(transcoded(reads, mlp, main), mlp.finish(inner(mlp, mlp.expand(main))))
-        if not len(own):
-            return whole
-        encode = self.output.dictionary.encode
-        f: Array = jax.vmap(lambda x, feature: encode(transcoded(reads, mlp, x), feature[None])[:, 0])(own, self.output.features)
-        return jnp.concatenate([self.output.decoded(f), whole[len(own) :]])
+        main, own = x[0], x[1:]
+        whole = self.output(transcoded(self.output.dictionary.reads, mlp, main), mlp.finish(inner(mlp, mlp.expand(main))))
+        return jnp.concatenate([self.output.decoded(self.activations(mlp, own)), whole[len(own) :]]) if len(own) else whole
+
+    def activations(self, mlp: MLP, own: Float[Array, "features position d_model"]) -> Float[Array, "features position"]:
+        """Of its features, from the inputs of their readers."""
+        dictionary = self.output.dictionary
+        f: Array = jax.vmap(lambda x, feature: dictionary.encode(transcoded(dictionary.reads, mlp, x), feature[None])[:, 0])(
+            own, self.output.features
+        )
+        return f
+
+    def activations_at(self, mlp: MLP, x: Float[Array, "position d_model"]) -> Float[Array, "features position"]:
+        """The same where all of them read one input."""
+        dictionary = self.output.dictionary
+        f: Array = dictionary.encode(transcoded(dictionary.reads, mlp, x), self.output.features).T
+        return f
 
     def constant(self, mlp: MLP) -> Float[Array, " d_model"] | None:
         return self.output.constant
+
+
+class CrossLayerSplit(eqx.Module):
+    """Divides an MLP by a layer of a cross-layer transcoder: its features, those of earlier layers that write here too, and what is left.
+
+    The activations of features go from layer to layer as `[2, features, position]`: at what their own readers hear, which is what
+    they say, and at what their MLP's reader hears, which errors are without. `earlier`: how many features each earlier layer has that write
+    here; `rows` `[features, d_model]`: what they add here at activation 1. `is_kept`: whether its own are needed later.
+    `layer` is in the structure, so that no two of them are stacked.
+    """
+
+    transcoder: TranscoderSplit
+    rows: Float[Array, "earlier d_model"]
+    earlier: tuple[tuple[int, int], ...] = eqx.field(static=True)
+    layer: int = eqx.field(static=True)
+    is_kept: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, refinement: Refinement, dtype: Any) -> CrossLayerSplit:
+        layer, dictionary = refinement.component.layer, refinement.dictionary
+        assert isinstance(dictionary, Dictionary)
+        rows = np.concatenate([np.zeros((0, dictionary.decoder.shape[1])), *(one.rows_at(layer) for one in refinement.earlier)])
+        return cls(
+            TranscoderSplit(OutputSplit.of(refinement, dtype)),
+            jnp.asarray(rows, dtype),
+            tuple((one.component.layer, len(one.features)) for one in refinement.earlier),
+            layer,
+            is_kept=dictionary.n_later > 0 and len(refinement.features) > 0,
+        )
+
+    @property
+    def n_readers(self) -> int:
+        return self.transcoder.n_readers
+
+    @property
+    def n_writers(self) -> int:
+        return self.transcoder.n_writers + int(self.rows.shape[-2])
+
+    def __call__(
+        self, mlp: MLP, x: Float[Array, "readers position d_model"], inner: Inner, active: Active
+    ) -> tuple[Float[Array, "writers position d_model"], Active]:
+        """As any transcoder; and what features are, with its own if somebody writes them later."""
+        split, main = self.transcoder, x[0]
+        whole, n = split(mlp, x, inner), self.transcoder.output.n_features
+        earlier = [active[layer] for layer, _ in self.earlier]
+        said, taken_off = jnp.concatenate(earlier, axis=1) if earlier else jnp.zeros((2, 0, len(main)), main.dtype)
+        error = whole[-1] - taken_off.T @ self.rows
+        parts = jnp.concatenate([whole[:n], spread(said, self.rows), whole[n:-1], error[None]])
+        if not self.is_kept:
+            return parts, active
+        at_main = split.activations_at(mlp, main)
+        own = at_main if len(x) == 1 else split.activations(mlp, x[1:])
+        return parts, {**active, self.layer: jnp.stack([own, at_main])}
+
+    def constant(self, mlp: MLP) -> Float[Array, " d_model"] | None:
+        return self.transcoder.constant(mlp)
 
 
 class NeuronSplit(eqx.Module):
@@ -185,7 +254,7 @@ class Splits(eqx.Module):
 
     stream: OutputSplit | None = None
     attention: AttentionSplit | MixedSplit | None = None
-    mlp: MLPSplit | TranscoderSplit | NeuronSplit | None = None
+    mlp: MLPSplit | TranscoderSplit | CrossLayerSplit | NeuronSplit | None = None
 
 
 def attention_split(refinement: Refinement, attention: Attention) -> AttentionSplit | MixedSplit:
@@ -198,8 +267,10 @@ def attention_split(refinement: Refinement, attention: Attention) -> AttentionSp
     return MixedSplit(output)
 
 
-def mlp_split(refinement: Refinement, mlp: MLP) -> MLPSplit | TranscoderSplit | NeuronSplit:
+def mlp_split(refinement: Refinement, mlp: MLP) -> MLPSplit | TranscoderSplit | CrossLayerSplit | NeuronSplit:
     """Raises `CircuitGraphError` where its neurons cannot be followed to the stream."""
+    if refinement.is_cross_layer:
+        return CrossLayerSplit.of(refinement, mlp.down.dtype)
     if not isinstance(refinement.dictionary, Neurons):
         output = OutputSplit.of(refinement, mlp.down.dtype)
         return TranscoderSplit(output) if refinement.dictionary.is_transcoder else MLPSplit(output)
@@ -213,6 +284,11 @@ def transcoded(reads: str, mlp: MLP, x: Float[Array, "position d_model"]) -> Flo
     if reads == "mlp_stream" or mlp.norm is None:
         return x
     return mlp.norm(x) if reads == "mlp_in" else mlp.norm.bare(x)
+
+
+def spread(f: Float[Array, "features position"], rows: Float[Array, "features d_model"]) -> Float[Array, "features position d_model"]:
+    """What features say at these activations."""
+    return f[..., None] * rows[:, None]
 
 
 def side_by_side(mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "position width"]:

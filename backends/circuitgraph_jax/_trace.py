@@ -18,7 +18,7 @@ from circuitgraph._linear import LinearRun
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph._refinement import Refinement, check_size, refined, refinements_record
+from circuitgraph._refinement import Refinement, check_size, joined, refined, refinements_record
 from circuitgraph._sites import Sites
 from circuitgraph._tensors import tensor
 from circuitgraph_jax._batch import Parts
@@ -83,7 +83,7 @@ class JaxModel:
         return JaxEngine(self._parts, pairs, metric_named(metric), wanted)
 
     def refined(self, refinements: Sequence[Refinement]) -> JaxModel:
-        parts = self._parts
+        parts, refinements = self._parts, joined(refinements, self.refinements)
         check_size(parts.sites.graph, refinements, parts.d_model, parts.budget)
         graph = refined(parts.sites.graph, refinements)
         for refinement in refinements:

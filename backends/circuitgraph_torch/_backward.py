@@ -19,6 +19,7 @@ from circuitgraph_torch._collect import Collector, Spans
 from circuitgraph_torch._forward import AttentionStep, InputStep, Tape
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
 from circuitgraph_torch._recomputed import Recomputed
+from circuitgraph_torch._splits import CrossLayerSplit
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -34,6 +35,7 @@ class Backward:
         self._joints, self._sites, self._collector, self._spans = joints, sites, collector, spans
         self._recomputed = recomputed
         self._corrections: Tensor | None = None
+        self._active: dict[int, Tensor] = {}  # the gradients of what features are that write to later layers
         self.rule = EXACT
 
     def run(self, tape: Tape, grad_logits_input: Tensor, length: int) -> None:
@@ -50,13 +52,17 @@ class Backward:
         for number in range(n_layers - 1, -1, -1):
             if number != tape.rule.dropped_layer:
                 self._layer(number, tape)
-            elif number in tape.stream:
+                continue
+            if (step := tape.mlp.get(number)) is not None and step.earlier is not None:
+                writers = self._sites.layers[number].mlp_writers
+                self._to_earlier(number, torch.autograd.grad(step.written, step.earlier, self._writer_grads(writers)[: step.n_written])[0])
+            if number in tape.stream:
                 self._stream = torch.zeros_like(self._stream)
 
     def _layer(self, number: int, tape: Tape) -> None:
         joint, layer, attention = self._joints.layers[number], self._sites.layers[number], tape.attention.get(number)
         grad_heads = self._writer_grads(layer.attention_writers) if joint.is_parallel and attention else None
-        self._mlp(tape.mlp.get(number), layer.mlp, layer.mlp_writers)
+        self._mlp(number, tape.mlp.get(number), layer.mlp, layer.mlp_writers)
         if attention is not None and joint.attention is not None and layer.attention is not None:
             grad_heads = self._writer_grads(layer.attention_writers) if grad_heads is None else grad_heads
             grad_heads = grad_heads[: attention.n_written]  # where the heads wrote together, they share one
@@ -69,13 +75,25 @@ class Backward:
                 self._recomputed.layer(number, attention.x[0], projected, grad_heads, is_frozen=self.rule.norms == "frozen")
         self._split_stream(tape.stream.get(number), layer.stream, layer.stream_writers)
 
-    def _mlp(self, step: InputStep | None, site: Site | None, writers: range) -> None:
+    def _mlp(self, number: int, step: InputStep | None, site: Site | None, writers: range) -> None:
         if step is None or site is None:
             return
-        (grad,) = torch.autograd.grad(step.written, step.x, self._writer_grads(writers)[: step.n_written])
+        ends, given = [step.written], [self._writer_grads(writers)[: step.n_written]]
+        if step.active is not None and number in self._active:
+            ends, given = [*ends, step.active], [*given, self._active.pop(number)]
+        grad, *of_earlier = torch.autograd.grad(ends, [step.x, *([] if step.earlier is None else [step.earlier])], given)
+        for grads in of_earlier:
+            self._to_earlier(number, grads)
         grads = grad if grad.dim() == 4 else grad[None]
         self._collector.add(site, step.plan.readers, grads)
         self._propagate(step.plan, _sum_by_row(step.plan, grads, np.arange(len(grads))))
+
+    def _to_earlier(self, number: int, grads: Tensor) -> None:
+        """What goes back from a layer to features of earlier ones that write there, `[2, prompts, position, features]`."""
+        split = self._joints.layers[number].splits.mlp
+        assert isinstance(split, CrossLayerSplit)
+        for (layer, _), part in zip(split.earlier, grads.split([n for _, n in split.earlier], dim=-1), strict=True):
+            self._active[layer] = self._active[layer] + part if layer in self._active else part
 
     def _split_stream(self, step: InputStep | None, site: Site | None, writers: range) -> None:
         """Where the stream was refined, what came before is heard by one reader only."""

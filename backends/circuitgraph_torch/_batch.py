@@ -183,7 +183,7 @@ class Batch:
         shared = self._live_differences(source)[: sites.writers_before(start)]
         bank = Bank(shared, len(masks), needed_writers, self._input, self._spans)
         stream = self.live.streams[start].expand(len(masks), *self._input.shape)
-        x = self._forward(masks, source, needed_readers).run(bank, stream, start)
+        x = self._forward(masks, source, needed_readers).run(bank, stream, start, self.live.active)
         values: Float[ndarray, "lanes prompts"] = self._measure(x[:, :, -1]).double().cpu().numpy()
         return values
 
@@ -302,7 +302,7 @@ class Batch:
         bank.write(np.array([0]), start[None, None], zero.values[:1, None])
         forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool))
         forward.run(bank, start[None], 0)
-        return LiveRun(bank.own[0], forward.streams)
+        return LiveRun(bank.own[0], forward.streams, forward.active)
 
     def _forward(
         self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun, needed: Bool[ndarray, " readers"], tape: Tape | None = None

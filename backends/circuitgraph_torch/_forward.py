@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,8 @@ from circuitgraph._sites import Site, Sites
 from circuitgraph_torch._bank import Bank, NoBank, Plan
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._joints import AttentionJoint, LayerJoints, ModelJoints
-from circuitgraph_torch._splits import OutputSplit
+from circuitgraph_torch._mlp import MLPJoint
+from circuitgraph_torch._splits import CrossLayerSplit, OutputSplit, Split
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -72,10 +74,12 @@ class SourceRun:
 
 @dataclass(frozen=True, eq=False)
 class LiveRun:
-    """The model's own run: `values` `[writers, prompts, position, d_model]`, and the stream before each layer and at the end."""
+    """The model's own run: `values` `[writers, prompts, position, d_model]`, the stream before each layer and at the end, and what features
+    are that write to later layers, `[2, prompts, position, features]` by layer (see `CrossLayerSplit`)."""
 
     values: Tensor
     streams: tuple[Tensor, ...]
+    active: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +97,17 @@ class AttentionStep:
 @dataclass(frozen=True, eq=False)
 class InputStep:
     """An MLP, or a split of the stream, on the tape: its input `x` (a leaf), `[prompts, position, d_model]`, or where each reader has one
-    of its own `[readers, prompts, position, d_model]`; and where the gradient of what was written starts, `[written, ...]`."""
+    of its own `[readers, prompts, position, d_model]`; and where the gradient of what was written starts, `[written, ...]`.
+
+    Of a layer of a cross-layer transcoder also what the features of earlier layers are (`earlier`, a leaf), and where the gradient of what
+    its own are starts (`active`), if they write to later layers."""
 
     plan: Plan
     x: Tensor
     written: GradientEdge
     n_written: int
+    earlier: Tensor | None = None
+    active: GradientEdge | None = None
 
 
 @dataclass(eq=False)
@@ -115,7 +124,8 @@ class Tape:
 class Forward:
     """One run under a stack of masks. Lanes and prompts share the batch: `[lanes, prompts, position, d_model]`.
 
-    `start` and `stream`: the layer to begin at and the stream there, with the writers before it in `bank` already.
+    `start` and `stream`: the layer to begin at and the stream there, with the writers before it in `bank` already, and in `active` what
+    features are that write to later layers, `[2, prompts, position, features]`.
     """
 
     def __init__(
@@ -132,10 +142,13 @@ class Forward:
         self._masks, self._source, self._needed = masks, source, needed
         self._tape = tape
         self._streams: list[Tensor] = []
+        self._active: dict[int, Tensor] = {}
 
-    def run(self, bank: Bank | NoBank, stream: Tensor, start: int) -> Tensor:
+    def run(self, bank: Bank | NoBank, stream: Tensor, start: int, active: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
         """The inputs of the logits, `[lanes, prompts, position, d_model]`."""
         self._bank = bank
+        lanes = len(self._masks)
+        self._active = {layer: f[:, None].expand(2, lanes, *f.shape[1:]).flatten(1, 2) for layer, f in active.items() if layer < start}
         n_layers = len(self._sites.layers)
         for number in range(start, n_layers):
             self._streams.append(stream)
@@ -152,6 +165,11 @@ class Forward:
     def streams(self) -> tuple[Tensor, ...]:
         """The stream before each layer that was run, and at the end, `[prompts, position, d_model]` of the first lane."""
         return tuple(stream[0] for stream in self._streams)
+
+    @property
+    def active(self) -> dict[int, Tensor]:
+        """What features are that write to later layers, by layer, of all lanes: `[2, lanes * prompts, position, features]`."""
+        return self._active
 
     def _layer(self, number: int, before: Tensor) -> Tensor:
         joint, layer = self._joints.layers[number], self._sites.layers[number]
@@ -207,23 +225,36 @@ class Forward:
         joint, split = joints.mlp, joints.splits.mlp
         assert joint is not None
         writers, alive = self._alive(ids)
-        if len(alive):
+        if len(alive) or self._needed[site.first : site.stop].any():
             plan = self._plan(site)
             x = self._read(plan, stream, site).transpose(0, 1).flatten(1, 2)  # [distinct, lanes * prompts, position, d_model]
             has_own = split is not None and split.has_readers and self._tape is not None
             x = x[torch.from_numpy(plan.row_of).to(x.device)] if has_own else x if split is not None else x[0]
-            rule = EXACT if self._tape is None else self._tape.rule
             with torch.set_grad_enabled(self._tape is not None):
                 x = x.detach().requires_grad_(self._tape is not None)
-                if split is None:
-                    written = joint(x, rule)[None]
-                else:
-                    written = self._kept(split(joint, x, plan, rule), alive - ids.start)
+                written, earlier, active = self._mlp_writes(joint, split, x, plan, alive - ids.start)
             if self._tape is not None:
-                self._tape.mlp[number] = InputStep(plan, x, get_gradient_edge(written), len(written))
+                starts = get_gradient_edge(written), len(written), earlier, None if active is None else get_gradient_edge(active)
+                self._tape.mlp[number] = InputStep(plan, x, *starts)
+            if active is not None:
+                self._active[number] = active.detach()
             after = self._add(after, alive, written.detach())
         after = self._add_sources(after, np.setdiff1d(writers, alive))
         return _added(after, joints.mlp_constant)
+
+    def _mlp_writes(
+        self, joint: MLPJoint, split: Split | None, x: Tensor, plan: Plan, chosen: Int[ndarray, " some"]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an MLP, or chosen parts of it, writes. Of a layer of a cross-layer transcoder also what it was given of earlier features,
+        and what its own are, if they write later."""
+        rule = EXACT if self._tape is None else self._tape.rule
+        if split is None:
+            return joint(x, rule)[None], None, None
+        if not isinstance(split, CrossLayerSplit):
+            return self._kept(split(joint, x, plan, rule), chosen), None, None
+        earlier = split.gathered(self._active, x).detach().requires_grad_(self._tape is not None)
+        parts, active = split(joint, x, earlier, plan, rule)
+        return self._kept(parts, chosen), earlier, active
 
     def _split_stream(self, number: int, split: OutputSplit | None, site: Site | None, ids: range, stream: Tensor) -> Tensor:
         """The stream that goes on where it is refined: its parts and a constant."""
@@ -271,6 +302,8 @@ class Forward:
 
     def _add(self, stream: Tensor, writers: Int[ndarray, " some"], written: Tensor) -> Tensor:
         """Add `[some, lanes * prompts, position, d_model]` to the stream and keep the differences."""
+        if len(written) == 0:
+            return stream
         written = written.unflatten(1, (len(self._masks), -1))
         if not self._bank.keeps:
             return stream + written.sum(0)

@@ -19,7 +19,7 @@ from circuitgraph_torch._affine import affine
 from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._mlp import MLPJoint
 from circuitgraph_torch._norms import NormJoint, norms_in
-from circuitgraph_torch._splits import AttentionSplit, MLPSplit, NeuronSplit, OutputSplit, Splits
+from circuitgraph_torch._splits import AttentionSplit, CrossLayerSplit, MLPSplit, NeuronSplit, OutputSplit, Split, Splits
 from circuitgraph_torch._twin import twin
 
 
@@ -204,8 +204,7 @@ class LayerJoints:
             assert self.attention is not None  # the graph has it
             return replace(self, splits=replace(self.splits, attention=AttentionSplit.of(refinement, self.attention)))
         assert self.mlp is not None
-        split = NeuronSplit if isinstance(refinement.dictionary, Neurons) else MLPSplit
-        return replace(self, splits=replace(self.splits, mlp=split.of(refinement, self.mlp)))
+        return replace(self, splits=replace(self.splits, mlp=_mlp_split(refinement, self.mlp)))
 
 
 @dataclass(frozen=True)
@@ -235,6 +234,12 @@ class ModelJoints:
 
         with torch.no_grad():
             return cls(tuple(layer(block) for block in architecture.blocks), LogitsJoint(model, architecture))
+
+
+def _mlp_split(refinement: Refinement, joint: MLPJoint) -> Split:
+    if isinstance(refinement.dictionary, Neurons):
+        return NeuronSplit.of(refinement, joint)
+    return (CrossLayerSplit if refinement.is_cross_layer else MLPSplit).of(refinement, joint)
 
 
 def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._mlp import MLPJoint
 from circuitgraph_torch._modes import undisturbed
-from circuitgraph_torch._splits import MLPSplit, Splits, transcoded
+from circuitgraph_torch._splits import CrossLayerSplit, MLPSplit, Split, Splits, transcoded
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -113,10 +113,11 @@ class TorchLinearRun:
 
     def _transcoder(self, layer: int) -> tuple[MLPSplit, MLPJoint]:
         joints = self._parts.joints.layers[layer]
-        if not isinstance(joints.splits.mlp, MLPSplit) or not joints.splits.mlp.has_readers:
+        split = _of_transcoder(joints.splits.mlp)
+        if split is None:
             raise CircuitGraphError(f"m{layer} has no features that read the stream by themselves; refine it with a transcoder")
         assert joints.mlp is not None
-        return joints.splits.mlp, joints.mlp
+        return split, joints.mlp
 
     def direction(self, target: FeatureTarget) -> Tensor:
         """The gradient of what a feature is before its activation, in what its reader hears at the target's position, `[d_model]`."""
@@ -135,8 +136,8 @@ class TorchLinearRun:
 
     def through_skip(self, layer: int, grad: Tensor) -> Tensor | None:
         """What goes back through the skip of a layer's transcoder, of a gradient `[..., position, d_model]` of what it says."""
-        split = self._parts.joints.layers[layer].splits.mlp
-        if not isinstance(split, MLPSplit) or split.output.dictionary.skip is None:
+        split = _of_transcoder(self._parts.joints.layers[layer].splits.mlp)
+        if split is None or split.output.dictionary.skip is None:
             return None
         joint = self._parts.joints.layers[layer].mlp
         assert joint is not None
@@ -194,6 +195,12 @@ class _Downwards:
         said = self._run._values[writers.start : writers.stop]
         products = torch.einsum("tpd,wpd->twp", grad, said)
         self._scores[:, writers.start : writers.stop] = products.double().cpu().numpy()
+
+
+def _of_transcoder(split: Split | None) -> MLPSplit | None:
+    """The split by a transcoder, or by a layer's own part of a cross-layer one; none for an MLP that is whole or in other parts."""
+    split = split.transcoder if isinstance(split, CrossLayerSplit) else split
+    return split if isinstance(split, MLPSplit) and split.has_readers else None
 
 
 def _to_stream(dictionary: Dictionary, joint: MLPJoint, grad: Tensor, x: Tensor) -> Tensor:

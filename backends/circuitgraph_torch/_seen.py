@@ -31,7 +31,7 @@ def logit_weights(parts: Parts, refinement: Refinement, features: Sequence[int])
         mlp = joints.layers[number].mlp
         assert mlp is not None
         return joints.logits.weights(mlp.last.weight[chosen])
-    rows = torch.from_numpy(np.ascontiguousarray(dictionary.decoder[chosen])).to(like)
+    rows = torch.from_numpy(np.ascontiguousarray(dictionary.rows(chosen))).to(like)
     if dictionary.reads == "attn_z":
         attention = joints.layers[number].attention
         assert attention is not None

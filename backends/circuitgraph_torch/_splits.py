@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -48,11 +48,9 @@ class OutputSplit:
         rest = said - parts.sum(0)
         return torch.cat([parts, (rest if self.constant is None else rest - self.constant)[None]])
 
-    def decoded(self, f: Tensor, which: Sequence[int] | None = None) -> Tensor:
+    def decoded(self, f: Tensor) -> Tensor:
         """What features say, `[features, ..., d_model]`, at activations `[..., features]`."""
-        rows = self.dictionary.decoder[self.features if which is None else [*which]]
-        said: Tensor = f.movedim(-1, 0)[..., None] * rows.view(len(rows), *[1] * (f.dim() - 1), -1)
-        return said
+        return spread(f, self.dictionary.decoder[self.features])
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,33 +116,104 @@ class MLPSplit:
         if not self.has_readers:
             said = joint(x[0], rule)
             return self.output(said, said)
-        is_apart = len(x) == len(plan.readers) != plan.n_distinct
-        row_of = {int(reader): i if is_apart else int(plan.row_of[i]) for i, reader in enumerate(plan.readers)}
-        own = self._own(joint, x, row_of, rule)
-        if 0 not in row_of:
-            n_rest = 1 + (self.output.dictionary.skip is not None)
-            return torch.cat([own, own.new_zeros(n_rest, *own.shape[1:])])
-        main = x[row_of[0]]
-        whole = self.output(self._seen(joint, main, rule), joint(main, rule))
-        return torch.cat([own, whole[len(own) :]])
+        own = self.output.decoded(self.activations(joint, x, plan, rule))
+        return torch.cat([own, self.rest(joint, own_input(x, plan), own, rule)])
 
-    def _own(self, joint: MLPJoint, x: Tensor, row_of: dict[int, int], rule: Rule) -> Tensor:
-        """The features, each at what its reader hears."""
-        dictionary, features = self.output.dictionary, self.output.features
-        out = x.new_zeros(len(features), *x.shape[1:])
+    def activations(self, joint: MLPJoint, x: Tensor, plan: Plan, rule: Rule) -> Tensor:
+        """The features, each at what its reader hears, `[prompts, position, features]`."""
+        features = self.output.features
+        out = x.new_zeros(*x.shape[1:-1], len(features))
         groups: dict[int, list[int]] = {}
-        for reader, row in row_of.items():
+        for reader, row in row_of(x, plan).items():
             if reader > 0:
                 groups.setdefault(row, []).append(reader - 1)
-        places = [place for members in groups.values() for place in members]
-        said = []
-        for row, members in groups.items():
-            chosen = [features[place] for place in members]
-            said.append(self.output.decoded(dictionary.encode(self._seen(joint, x[row], rule), chosen), chosen))
-        return out if not said else out.index_put((torch.tensor(places, device=x.device),), torch.cat(said))
+        if not groups:
+            return out
+        places = torch.tensor([place for members in groups.values() for place in members], device=x.device)
+        found = [self.at(joint, x[row], rule, [features[place] for place in members]) for row, members in groups.items()]
+        return out.index_copy(-1, places, torch.cat(found, dim=-1))
 
-    def _seen(self, joint: MLPJoint, x: Tensor, rule: Rule) -> Tensor:
-        return transcoded(self.output.dictionary.reads, joint, x, rule)
+    def at(self, joint: MLPJoint, x: Tensor, rule: Rule, features: Sequence[int] | None = None) -> Tensor:
+        """Some features, or all that are nodes, where the MLP's input is `x`, `[prompts, position, features]`."""
+        seen = transcoded(self.output.dictionary.reads, joint, x, rule)
+        f: Tensor = self.output.dictionary.encode(seen, self.output.features if features is None else [*features])
+        return f
+
+    def rest(self, joint: MLPJoint, x: Tensor | None, own: Tensor, rule: Rule) -> Tensor:
+        """The skip, if there is one, and the error, at the input of the MLP's own reader; nothing where nobody needs it."""
+        if x is None:
+            return own.new_zeros(1 + (self.output.dictionary.skip is not None), *own.shape[1:])
+        seen = transcoded(self.output.dictionary.reads, joint, x, rule)
+        return self.output(seen, joint(x, rule))[len(own) :]
+
+
+@dataclass(frozen=True, eq=False)
+class CrossLayerSplit:
+    """Divides an MLP by a layer of a cross-layer transcoder: its features, those of earlier layers that write here too, and what is left.
+
+    The activations of features go from layer to layer as `[2, prompts, position, features]`: at what their own readers hear, which is what
+    they say, and at what their MLP's reader hears, which errors are without. `earlier`: how many features each earlier layer has that write
+    here; `rows` `[features, d_model]`: what they add here at activation 1. `is_kept`: whether its own are needed later.
+    """
+
+    transcoder: MLPSplit
+    earlier: tuple[tuple[int, int], ...]
+    rows: Tensor
+    is_kept: bool
+    has_readers: bool = True
+
+    @classmethod
+    def of(cls, refinement: Refinement, joint: MLPJoint) -> CrossLayerSplit:
+        dictionary, layer = refinement.dictionary, refinement.component.layer
+        assert isinstance(dictionary, Dictionary)
+        own = replace(refinement, dictionary=replace(dictionary, later=None), earlier=())
+        rows = np.concatenate([np.zeros((0, dictionary.decoder.shape[1])), *(one.rows_at(layer) for one in refinement.earlier)])
+        return cls(
+            MLPSplit.of(own, joint),
+            tuple((one.component.layer, len(one.features)) for one in refinement.earlier),
+            torch.from_numpy(rows).to(joint.like),
+            is_kept=dictionary.n_later > 0 and len(refinement.features) > 0,
+        )
+
+    @property
+    def constant(self) -> Tensor | None:
+        return self.transcoder.constant
+
+    def gathered(self, active: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """What the features of earlier layers are that write here, from those of each layer; of a batch such as `like`. They are zero where
+        nobody needs any of a layer."""
+        nothing = like.new_zeros(2, *like.shape[1:-1], 0)
+        found = [active[layer] if layer in active else nothing.new_zeros(*nothing.shape[:-1], n) for layer, n in self.earlier]
+        return torch.cat([nothing, *found], dim=-1)
+
+    def __call__(self, joint: MLPJoint, x: Tensor, earlier: Tensor, plan: Plan, rule: Rule) -> tuple[Tensor, Tensor | None]:
+        """`[parts, prompts, position, d_model]` as of any transcoder, and what its features are where somebody writes them later."""
+        split, main = self.transcoder, own_input(x, plan)
+        active = split.activations(joint, x, plan, rule)
+        own = split.output.decoded(active)
+        rest = split.rest(joint, main, own, rule)
+        error = rest[-1:] if main is None else rest[-1:] - (earlier[1] @ self.rows)
+        parts = torch.cat([own, spread(earlier[0], self.rows), rest[:-1], error])
+        if not self.is_kept:
+            return parts, None
+        return parts, torch.stack([active, torch.zeros_like(active) if main is None else split.at(joint, main, rule)])
+
+
+def row_of(x: Tensor, plan: Plan) -> dict[int, int]:
+    """Of a site's readers in the plan, where in `x` each one's input is: among the distinct ones, or each has one of its own."""
+    is_apart = len(x) == len(plan.readers) != plan.n_distinct
+    return {int(reader): i if is_apart else int(plan.row_of[i]) for i, reader in enumerate(plan.readers)}
+
+
+def own_input(x: Tensor, plan: Plan) -> Tensor | None:
+    """What the MLP's own reader hears, which is the first of its site; none where nobody needs it."""
+    row = row_of(x, plan).get(0)
+    return None if row is None else x[row]
+
+
+def spread(f: Tensor, rows: Tensor) -> Tensor:
+    """What features say, `[features, ..., d_model]`, at activations `[..., features]`."""
+    return f.movedim(-1, 0)[..., None] * rows.view(len(rows), *[1] * (f.dim() - 1), rows.shape[-1])
 
 
 def transcoded(reads: str, joint: MLPJoint, x: Tensor, rule: Rule) -> Tensor:
@@ -178,7 +247,7 @@ class NeuronSplit:
         return torch.cat([parts, (said - parts.sum(0))[None]]) if self.has_error else parts
 
 
-Split = MLPSplit | NeuronSplit
+Split = MLPSplit | CrossLayerSplit | NeuronSplit
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from circuitgraph._graph import Graph
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import NLL, Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph._refinement import Refinement, check_size, refined, refinements_record
+from circuitgraph._refinement import Refinement, check_size, joined, refined, refinements_record
 from circuitgraph._sites import Sites
 from circuitgraph._training import DictionaryMeasures, Place, SAETraining
 from circuitgraph_torch._activations import Activations
@@ -89,7 +89,7 @@ class TorchModel:
         return TorchEngine(self._parts, pairs, metric_named(metric), wanted)
 
     def refined(self, refinements: Sequence[Refinement]) -> TorchModel:
-        parts = self._parts
+        parts, refinements = self._parts, joined(refinements, self.refinements)
         check_size(parts.sites.graph, refinements, parts.architecture.d_model, parts.budget)
         graph = refined(parts.sites.graph, refinements)
         with torch.no_grad():

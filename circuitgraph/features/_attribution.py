@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 NodeKind = Literal["feature", "error", "embedding", "logit"]
+Place = tuple[NodeKind, int, int]  # a node's kind, layer and number, whatever the position
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,11 @@ def attribution_graph(
     targets: list[FeatureTarget | LogitTarget] = [FeatureTarget(node.layer, node.index, node.position) for node in features]
     targets += [LogitTarget(node.index) for node in ends]
     found = run.attributions(targets)
-    columns = _columns(nodes[: len(nodes) - len(ends)], places)
     weights = np.zeros((len(nodes), len(nodes)))
     rows = [*range(len(features)), *range(len(nodes) - len(ends), len(nodes))]
-    weights[np.ix_(rows, range(len(columns)))] = found[:, [w for w, _ in columns], [p for _, p in columns]]
+    written = _written(places)
+    for column, node in enumerate(nodes[: len(nodes) - len(ends)]):
+        weights[rows, column] = found[:, written[_place(node)], node.position].sum(axis=1)
     provenance = {"model": {**traced.provenance, "name": traced.name}, "prompt": prompt if isinstance(prompt, str) else tokens}
     return AttributionGraph(nodes, weights, tuple(said), provenance)
 
@@ -186,8 +188,9 @@ def _places(writers: Sequence[Writer]) -> Sequence[tuple[Writer, int]]:
 
 def _active(run: LinearRun, places: Sequence[tuple[Writer, int]], length: int, floor: float) -> list[AttributionNode]:
     found = []
-    for layer in sorted({writer.layer for writer, _ in places if writer.kind == "feature"}):
-        numbers = [writer.index for writer, _ in places if writer.kind == "feature" and writer.layer == layer]
+    own = [writer for writer, _ in places if writer.kind == "feature" and writer.origin < 0]
+    for layer in sorted({writer.layer for writer in own}):
+        numbers = [writer.index for writer in own if writer.layer == layer]
         activations = run.features(layer)
         found += [
             AttributionNode("feature", layer, number, position, float(activations[position, i]))
@@ -211,15 +214,19 @@ def _ends(logits: Float[ndarray, " vocabulary"], most: int, enough: float, encod
     ]
 
 
-def _columns(nodes: Sequence[AttributionNode], places: Sequence[tuple[Writer, int]]) -> list[tuple[int, int]]:
-    """Where each node's contributions stand: its writer and its position."""
-    column: dict[tuple[str, int, int], int] = {
-        ("error" if writer.kind == "mlp" else writer.kind, writer.layer, writer.index): w for writer, w in places
-    }
-    return [
-        (0 if node.kind == "embedding" else column[node.kind, node.layer, node.index if node.kind == "feature" else -1], node.position)
-        for node in nodes
-    ]
+def _place(node: AttributionNode) -> Place:
+    """All embeddings are what the input says, and there is one error in a layer."""
+    return (node.kind, -1, -1) if node.kind == "embedding" else (node.kind, node.layer, node.index if node.kind == "feature" else -1)
+
+
+def _written(places: Sequence[tuple[Writer, int]]) -> dict[Place, list[int]]:
+    """The writers that say what a node says: several, where a feature of a cross-layer transcoder says it at several MLPs."""
+    found: dict[Place, list[int]] = {}
+    for writer, w in places:
+        layer = writer.layer if writer.origin < 0 else writer.origin
+        place: Place = ("embedding" if writer.kind == "input" else "error", layer, -1)
+        found.setdefault(("feature", layer, writer.index) if writer.kind == "feature" else place, []).append(w)
+    return found
 
 
 def _shares(weights: Float[ndarray, "nodes nodes"]) -> Float[ndarray, "nodes nodes"]:

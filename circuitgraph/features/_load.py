@@ -37,7 +37,11 @@ def load_dictionary(source: str | Path, sae_id: str | None = None, *, reads: Rea
 
 
 def load_transcoders(source: str | Path) -> dict[str, Dictionary]:
-    """A transcoder for every layer, from a folder of circuit-tracer or a repository of the hub, by component: `m0`, `m1`, ..."""
+    """A transcoder for every layer, from a folder of circuit-tracer or a repository of the hub, by component: `m0`, `m1`, ...
+
+    Those of a cross-layer transcoder are its layers, whose features write to later MLPs too (`Dictionary.later`). Raises `FileError`,
+    `CircuitGraphError`.
+    """
     folder = Path(source)
     if not folder.is_dir() and _is_repository(str(source)):
         folder = _downloaded(str(source), "*")

@@ -85,6 +85,7 @@ def feature_cards(
     """A card for each of these features of a refined model (default: all that are nodes), on a task's prompts, clean and corrupted ones.
 
     `labels`: by name, your own or those of `read_labels`. `examples`, `tokens`: how many prompts and tokens of each kind a card has.
+    A feature of a cross-layer transcoder has one card, `m3.f12`, whose tokens are those that it promotes at all MLPs together.
     Raises `UnknownNameError` for a name that is no feature of the model, `CircuitGraphError` for a model that is not refined.
     """
     whole_number("feature cards: examples", examples, 0)
@@ -92,7 +93,7 @@ def feature_cards(
     if not model.refinements:
         raise CircuitGraphError(f"{model.name} is not refined, so it has no features; see refine")
     question = pose(model, task, prompts=prompts, seed=seed)
-    known = [writer for writer in model.graph.writers if writer.kind in ("feature", "neuron")]
+    known = [writer for writer in model.graph.writers if writer.kind in ("feature", "neuron") and writer.origin < 0]
     wanted = [_named(name, known) for name in names] if names is not None else known
     cards: dict[Writer, FeatureCard] = {}
     for refinement in model.refinements:

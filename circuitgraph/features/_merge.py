@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 def merged(circuit: Circuit, graph: Graph) -> Circuit:
     """The same circuit on the graph that was refined: an edge is kept if one of its parts is, and its score is the sum of theirs.
 
-    A transcoder's features read what their MLP reads. Parts of an attention stand for all of its heads, among which their scores are shared
-    out alike. Raises
-    `CircuitGraphError` for a circuit on parts of the stream, which no component of the graph says.
+    A transcoder's features read what their MLP reads. What a feature of a cross-layer transcoder says at a later MLP is a part of that one;
+    that it comes from the input of an earlier one, no edge between whole components says, so `prune_dead` may find it unreached there.
+    Parts of an attention stand for all of its heads, among which their scores are shared out alike.
+    Raises `CircuitGraphError` for a circuit on parts of the stream, which no component of the graph says.
     """
     rows, columns = _places(circuit.graph, graph)
     mask = (rows.T @ circuit.mask @ columns > 0) & graph.visible

@@ -14,7 +14,7 @@ from circuitgraph._engine import TracedModel
 from circuitgraph._errors import CircuitGraphError, whole_number
 from circuitgraph._names import Component
 from circuitgraph._pairs import PromptPairs
-from circuitgraph._refinement import Fold, Refinement
+from circuitgraph._refinement import Fold, Refinement, joined
 from circuitgraph.evaluation._question import pose, warn
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def refine(
     Only features that are active on the task's prompts, clean or corrupted, become nodes: the `top` ones by the sum of squares of what they
     say, or all whose largest activation is above `floor`, or both. The rest is part of the error, and the model's provenance says how much
     that is (`refined`, `fold`). `task`, `prompts`, `seed`, `backend` as in `discover`, which takes the result as its model.
+
+    Of a cross-layer transcoder give all layers, or all from one on: a feature counts by what it says at all MLPs together, and a layer of
+    whose features none is chosen is in parts where earlier ones write to it, else whole.
     Raises `CircuitGraphError` for a dictionary that does not fit, or that has no active feature.
 
     >>> refined = refine("zoo:tiny-english", {"m0": Neurons()}, "subject-verb-agreement", top=8)   # doctest: +SKIP
@@ -50,10 +53,27 @@ def refine(
         )
     top = None if top is None else whole_number("refine: top", top, 1)
     question = pose(model, task, prompts=prompts, seed=seed, backend=backend)
-    chosen = [
-        _chosen(question.traced, Component.parse(name), dictionary, question.pairs, top, floor) for name, dictionary in dictionaries.items()
-    ]
-    return question.traced.refined(chosen)
+    by_component = {Component.parse(name): dictionary for name, dictionary in dictionaries.items()}
+    chosen = [_chosen(question.traced, component, dictionary, question.pairs, top, floor) for component, dictionary in by_component.items()]
+    crossing = _of_cross_layer(by_component)
+    chosen = [_checked(one, floor) if one.component not in crossing else one for one in chosen]
+    kept = [one for one in joined(chosen) if one.features or one.earlier]
+    return question.traced.refined(kept if kept else [_checked(one, floor) for one in chosen])
+
+
+def _of_cross_layer(dictionaries: Mapping[Component, Dictionary | Neurons]) -> set[Component]:
+    """The components whose features write to later ones, and those that they write to."""
+    writing = {component: d.n_later for component, d in dictionaries.items() if isinstance(d, Dictionary) and d.n_later}
+    return {Component("m", component.layer + n) for component, n_later in writing.items() for n in range(n_later + 1)}
+
+
+def _checked(refinement: Refinement, floor: float | None) -> Refinement:
+    if not refinement.features:
+        above = "" if floor is None else f" above {floor:g}"
+        raise CircuitGraphError(
+            f"refine {refinement.component}: no feature of {refinement.dictionary.name} is active{above} on these prompts"
+        )
+    return refinement
 
 
 def _chosen(
@@ -69,10 +89,7 @@ def _chosen(
     wanted = order[: int((energy > 0).sum())]
     wanted = wanted if floor is None else wanted[largest[wanted] > floor]
     wanted = wanted[:top]
-    if len(wanted) == 0:
-        above = "" if floor is None else f" above {floor:g}"
-        raise CircuitGraphError(f"refine {component}: no feature of {dictionary.name} is active{above} on these prompts")
-    share = 1 - float(energy[wanted].sum() / energy.sum())
+    share = 1 - float(energy[wanted].sum() / energy.sum()) if energy.any() else 0.0
     fold = Fold(int((energy > 0).sum()), len(wanted), share)
     return Refinement(component, dictionary, tuple(sorted(wanted.tolist())), fold)
 
@@ -88,7 +105,7 @@ def _measured(
         f = np.abs(x) if isinstance(dictionary, Neurons) else dictionary.encode(x)
         total, largest = total + (f**2).sum(axis=0), np.maximum(largest, f.max(axis=0))
     if isinstance(dictionary, Dictionary):
-        total = total * (np.asarray(dictionary.decoder) ** 2).sum(axis=1)
+        total = total * np.asarray(dictionary.loudness)
     return total, largest
 
 

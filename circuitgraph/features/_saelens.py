@@ -183,6 +183,10 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
 
 def to_saelens(dictionary: Dictionary) -> tuple[dict[str, Any], dict[str, ndarray]]:
     """SAELens's configuration and state of a dictionary."""
+    if dictionary.n_later:
+        raise CircuitGraphError(
+            f"save {dictionary.name}: SAELens has no form for a layer of a cross-layer transcoder; save the arrays yourself"
+        )
     tensors = {"W_enc": dictionary.encoder, "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias}
     architecture: str = {"relu": "standard"}.get(dictionary.activation, dictionary.activation)
     if dictionary.is_transcoder:

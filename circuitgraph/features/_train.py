@@ -96,6 +96,8 @@ def measure(
     `SAETraining`. Raises `CircuitGraphError` for a dictionary of another width, or of a place that is not there.
     """
     traced, trains = _traced(model, backend)
+    if dictionary.n_later:
+        raise CircuitGraphError(f"measure: {dictionary.name} is one layer of a cross-layer transcoder, which reconstructs nothing alone")
     if component is None and dictionary.layer is None:
         raise CircuitGraphError(
             f"measure: {dictionary.name} does not say of which layer it is; give component, such as {dictionary.component}3"

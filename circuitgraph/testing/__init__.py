@@ -12,6 +12,7 @@ from circuitgraph.testing._compiled import compiled_model as compiled_model
 from circuitgraph.testing._outputs import OutputEngine as OutputEngine
 from circuitgraph.testing._planted import PlantedModel as PlantedModel
 from circuitgraph.testing._planted import planted_model as planted_model
+from circuitgraph.testing._random_dictionary import random_cross_layer_transcoder as random_cross_layer_transcoder
 from circuitgraph.testing._random_dictionary import random_dictionary as random_dictionary
 from circuitgraph.testing._random_pairs import random_pairs as random_pairs
 from circuitgraph.testing._reference_engine import ReferenceEngine as ReferenceEngine

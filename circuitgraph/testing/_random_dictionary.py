@@ -1,7 +1,8 @@
-"""Random dictionaries for tests."""
+"""Random dictionaries for tests, and random cross-layer transcoders."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -48,3 +49,21 @@ def random_dictionary(
         name=f"random-{seed}",
         **of[activation],
     )
+
+
+def random_cross_layer_transcoder(
+    n_layers: int, seed: int = 0, *, first: int = 0, reads: Reads = "mlp_in", **options: Any
+) -> dict[str, Dictionary]:
+    """The layers of a cross-layer transcoder by component, from layer `first` on; `options` as of `random_dictionary`.
+
+    >>> transcoder = random_cross_layer_transcoder(3)
+    >>> [(component, dictionary.n_later) for component, dictionary in transcoder.items()]
+    [('m0', 2), ('m1', 1), ('m2', 0)]
+    """
+    rng, layers = np.random.default_rng(seed), {}
+    for number in range(n_layers):
+        dictionary = random_dictionary(seed + number, reads=reads, **options)
+        n, d_out = dictionary.decoder.shape
+        later = rng.normal(scale=d_out**-0.5, size=(n_layers - 1 - number, n, d_out))
+        layers[f"m{first + number}"] = replace(dictionary, later=later if len(later) else None)
+    return layers

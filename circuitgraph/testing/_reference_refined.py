@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     Stream = Float[ndarray, "prompts position d_model"]
     Divided = tuple[list[Stream], Stream | float]  # what each part says, and the constant beside them
+    Active = list[tuple[Stream, Stream]]  # what each feature is by its own reader, and by its MLP's, `[prompts, position, 1]`
 
 
 def stream_parts(refinement: Refinement, x: Stream) -> Divided:
@@ -44,8 +45,11 @@ def attention_parts(
     return [part @ projection for part in parts], (0.0 if dictionary.constant is None else constant @ projection) + bias
 
 
-def mlp_parts(refinement: Refinement, mlp: ReferenceMLP, x: Stream, own: Sequence[Stream], memory: Memory) -> Divided:
-    """Of an MLP that reads `x`; a transcoder's features read their `own` inputs."""
+def mlp_parts(
+    refinement: Refinement, mlp: ReferenceMLP, x: Stream, own: Sequence[Stream], memory: Memory, active: dict[int, Active]
+) -> Divided:
+    """Of an MLP that reads `x`; a transcoder's features read their `own` inputs. `active`: what the features of earlier layers are, by
+    layer, to which this one's are added."""
     dictionary, features = refinement.dictionary, [*refinement.features]
     if isinstance(dictionary, Neurons):
         _check_neurons(refinement, mlp)
@@ -57,9 +61,16 @@ def mlp_parts(refinement: Refinement, mlp: ReferenceMLP, x: Stream, own: Sequenc
     said = mlp(x, memory)
     if not dictionary.is_transcoder:
         return _divided(dictionary, features, said, said)
-    parts, constant = _divided(dictionary, features, _normed(dictionary, mlp, x, memory), said)
+    seen = _normed(dictionary, mlp, x, memory)
+    parts, constant = _divided(dictionary, features, seen, said)
     heard = [dictionary.encode(_normed(dictionary, mlp, stream, memory), [f]) for f, stream in zip(features, own, strict=True)]
-    return [*(f * dictionary.decoder[n] for f, n in zip(heard, features, strict=True)), *parts[len(features) :]], constant
+    active[refinement.component.layer] = [*zip(heard, (dictionary.encode(seen, [f]) for f in features), strict=True)]
+    of_earlier, rest = [], parts[len(features) :]
+    for one in refinement.earlier:
+        for (f, f_of_mlp), row in zip(active[one.component.layer], one.rows_at(refinement.component.layer), strict=True):
+            of_earlier.append(f * row)
+            rest[-1] = rest[-1] - f_of_mlp * row
+    return [*(f * dictionary.decoder[n] for f, n in zip(heard, features, strict=True)), *of_earlier, *rest], constant
 
 
 def seen_by(
@@ -103,7 +114,7 @@ def _rows(layer: ReferenceLayer, refinement: Refinement, features: list[int]) ->
         assert layer.mlp is not None
         neurons: Float[ndarray, "features d_model"] = layer.mlp.scale * layer.mlp.down.T[features]
         return neurons
-    rows: Float[ndarray, "features d_model"] = refinement.dictionary.decoder[features]
+    rows: Float[ndarray, "features d_model"] = refinement.dictionary.rows(features)
     if refinement.dictionary.reads == "attn_z":
         assert layer.attention is not None
         rows = layer.attention.scale * rows @ np.concatenate([*layer.attention.o], axis=1).T

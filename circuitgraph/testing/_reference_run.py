@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
 
+    from circuitgraph.testing._reference_refined import Active
+
     Masks = Float[ndarray, "copies readers writers"] | Float[ndarray, "copies readers writers spans"]  # one for each prompt, or one for all
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
@@ -58,6 +60,7 @@ class Run:
     nudge: Nudge
     memory: Memory
     heard: dict[Reader, Stream] = field(default_factory=dict)
+    active: dict[int, Active] = field(default_factory=dict)  # a transcoder's features, by layer
     logits: Float[ndarray, "prompts vocabulary"] | None = None
 
     def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
@@ -179,7 +182,7 @@ def _run_mlp(run: Run, number: int, mlp: ReferenceMLP, refinement: Refinement | 
         run.write(Writer("mlp", number), mlp(x, run.memory))
         return 0.0
     own = [run.read("feature", number, feature) for feature in refinement.features] if refinement.parts.has_readers else []
-    return run.write_parts(refinement, mlp_parts(refinement, mlp, x, own, run.memory))
+    return run.write_parts(refinement, mlp_parts(refinement, mlp, x, own, run.memory, run.active))
 
 
 def _split_stream(run: Run, number: int, refinements: Sequence[Refinement]) -> None:

@@ -15,7 +15,7 @@ from circuitgraph._graph import Graph
 from circuitgraph._linear import LinearRun
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
-from circuitgraph._refinement import Refinement, refined, refinements_record
+from circuitgraph._refinement import Refinement, joined, refined, refinements_record
 from circuitgraph.testing._reference_engine import ReferenceEngine
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
@@ -94,6 +94,7 @@ class ReferenceTrace:
         return logit_weights(self.model, refinement, features)
 
     def refined(self, refinements: Sequence[Refinement]) -> ReferenceTrace:
+        refinements = joined(refinements, self.refinements)
         refined(self.graph, refinements)  # raises for a component that is not there
         for refinement in refinements:
             refinement.check_width(width_of(self.model, refinement), self.model.embedding.shape[1])
