@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from circuitgraph import EAP, Circuit, cli, discover
 from circuitgraph.features import Neurons, refine, save_dictionary
-from circuitgraph.testing import random_dictionary
+from circuitgraph.testing import random_cross_layer_transcoder, random_dictionary
 
 Run = Callable[..., Result]
 ASKED = ("subject-verb-agreement", "--model", "zoo:tiny-english", "-n", "8")
@@ -86,3 +88,20 @@ def test_what_is_no_refinement_is_refused(asked: list[str], message: str) -> Non
     assert refused.exit_code == 2
     assert message in refused.stderr
     assert not Path("out").exists()
+
+
+def test_a_folder_of_a_cross_layer_transcoder(tmp_path: Path) -> None:
+    """Layers of which no feature was chosen are whole or in parts in both runs alike."""
+    (tmp_path / "clt").mkdir()
+    (tmp_path / "clt" / "config.yaml").write_text("model_kind: cross_layer_transcoder\nfeature_input_hook: mlp.hook_in\n")
+    for name, layer in random_cross_layer_transcoder(3, width=128).items():
+        n = name[1:]
+        rows = layer.decoder[:, None] if layer.later is None else np.concatenate([layer.decoder[None], layer.later]).swapaxes(0, 1)
+        weights = {f"W_enc_{n}": layer.encoder.T, f"b_enc_{n}": layer.encoder_bias, f"b_dec_{n}": layer.decoder_bias}
+        save_file({key: np.ascontiguousarray(values) for key, values in weights.items()}, tmp_path / "clt" / f"W_enc_{n}.safetensors")
+        save_file({f"W_dec_{n}": np.ascontiguousarray(rows)}, tmp_path / "clt" / f"W_dec_{n}.safetensors")
+    done = run("discover", *ASKED, "--refine", tmp_path / "clt", "--features", "2", "--top", "30", "-o", "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert any(writer.origin == 0 for writer in Circuit.load(Path("out/circuit.json")).graph.writers)
+    again = run("evaluate", "out", "--json")
+    assert json.loads(again.stdout)["faithfulness"] == json.loads(done.stdout)["faithfulness"]

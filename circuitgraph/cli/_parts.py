@@ -67,7 +67,8 @@ def in_the_same_parts(traced: Any, circuit: Circuit, chosen: Dictionaries) -> An
             raise CircuitGraphError(
                 f"--refine {name}: {dictionary.name} is not the dictionary that the circuit was found with ({then[:8]}); give that one"
             )
-    return traced.refined([_as_in(circuit.graph, Component.parse(name), dictionary) for name, dictionary in chosen.items()])
+    refinements = (_as_in(circuit.graph, Component.parse(name), dictionary) for name, dictionary in chosen.items())
+    return traced.refined([one for one in refinements if one is not None])
 
 
 def _in_parts(graph: Graph) -> list[str]:
@@ -75,8 +76,11 @@ def _in_parts(graph: Graph) -> list[str]:
     return [*dict.fromkeys(writer.component.name for writer in graph.writers if writer.component is not None)]
 
 
-def _as_in(graph: Graph, component: Component, dictionary: Dictionary | Neurons) -> Refinement:
-    parts = [writer for writer in graph.writers if writer.component == component]
+def _as_in(graph: Graph, component: Component, dictionary: Dictionary | Neurons) -> Refinement | None:
+    """None for a layer of transcoders of which the search made no nodes."""
+    parts = [writer for writer in graph.writers if writer.component == component and writer.origin < 0]
+    if not parts and dictionary.is_transcoder:
+        return None
     if not parts:
         raise CircuitGraphError(f"--refine {component}: the circuit has {component} whole")
     if isinstance(dictionary, Neurons) and not any(writer.kind == "error" for writer in parts):
