@@ -171,6 +171,7 @@ def attribution_graph(
     targets: list[FeatureTarget | LogitTarget] = [FeatureTarget(node.layer, node.index, node.position) for node in features]
     targets += [LogitTarget(node.index) for node in ends]
     found = run.attributions(targets)
+    found[:, 0] = found[:, [w for writer, w in places if writer.kind == "input"]].sum(axis=1)  # `tok` and `pos` are one embedding
     columns = _columns(nodes[: len(nodes) - len(ends)], places)
     weights = np.zeros((len(nodes), len(nodes)))
     rows = [*range(len(features)), *range(len(nodes) - len(ends), len(nodes))]
