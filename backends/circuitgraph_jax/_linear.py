@@ -76,8 +76,9 @@ class JaxLinearRun:
                 directions[t] = self._prompt.dictionary(target.layer).encoder[:, target.feature]
         towards = jnp.asarray(directions, self._dtype)
         if (tokens >= 0).any():
-            towards = jnp.where((tokens >= 0)[:, None], _logit_directions(self._decoder, self._end, tokens), towards)
-        found: Array = _attributions(self._decoder, self._values, layers, positions, towards)
+            of_logits = _logit_directions(self._decoder, self._end, jnp.asarray(tokens))
+            towards = jnp.where((tokens >= 0)[:, None], of_logits, towards)
+        found: Array = _attributions(self._decoder, self._values, jnp.asarray(layers), jnp.asarray(positions), towards)
         return found
 
     @property
@@ -114,7 +115,7 @@ def _attributions(
     heard, back = jax.vjp(lambda amounts: _heard(decoder, amounts, said), jnp.ones(said.shape[:2], said.dtype))
 
     def one(layer: Array, position: Array, direction: Array) -> Array:
-        (found,) = back(jnp.zeros_like(heard).at[layer, position].set(direction))
+        found: Array = back(jnp.zeros_like(heard).at[layer, position].set(direction))[0]
         return found
 
     return jax.vmap(one)(layers, positions, directions)
@@ -126,7 +127,7 @@ def _logit_directions(decoder: Decoder, end: Float[Array, " d_model"], tokens: I
     logits, back = jax.vjp(Way.of(HELD).decoder(decoder).logits, end)
 
     def one(token: Array) -> Array:
-        (found,) = back(jax.nn.one_hot(token, len(logits), dtype=logits.dtype) - 1 / len(logits))
+        found: Array = back(jax.nn.one_hot(token, len(logits), dtype=logits.dtype) - 1 / len(logits))[0]
         return found
 
     return jax.vmap(one)(tokens)

@@ -48,7 +48,8 @@ class ReferenceLinearRun:
     @property
     def logits(self) -> Float[ndarray, " vocabulary"]:
         assert self._own.logits is not None
-        return self._own.logits[0]
+        found: Float[ndarray, " vocabulary"] = self._own.logits[0]
+        return found
 
     def features(self, layer: int) -> Float[ndarray, "position features"]:
         dictionary, chosen = self.prompt.dictionary(layer), [*self.prompt.features(layer)]
@@ -102,7 +103,8 @@ class _Held:
         function(at, self._memory)  # writes them down
 
     def __call__(self, x: Stream) -> Stream:
-        return self._at(x) - self._at(np.zeros_like(x[:1]))
+        without_constants: Stream = self._at(x) - self._at(np.zeros_like(x[:1]))
+        return without_constants
 
     def _at(self, x: Stream) -> Stream:
         return self._function(x, self._memory.again(len(x)))
