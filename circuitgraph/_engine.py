@@ -215,7 +215,8 @@ class TracedModel(Protocol):
         ...
 
     def linear_run(self, tokens: Sequence[int]) -> LinearRun:
-        """This model on one prompt, linear but for its MLPs. Raises `CircuitGraphError` where something else than MLPs is in parts."""
+        """This model on one prompt, linear but for its MLPs. Raises `CircuitGraphError` where parts are no transcoder's, or of one with an
+        input norm of its own; `TaskError` for tokens that it does not have."""
         ...
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import traced
+from engines import BACKENDS, every_backend, traced
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,12 +115,15 @@ def test_pruning_by_hand() -> None:
         graph.prune(1.5)
 
 
-def test_from_a_model() -> None:
+IN_PARTS = tuple(Refinement(Component("m", layer), random_dictionary(layer, width=16, reads="mlp_in"), (*range(6),)) for layer in range(2))
+
+
+@every_backend
+def test_from_a_model(backend: str) -> None:
     """The weights into a node and the constants are what it is: with another floor only other nodes are shown."""
-    refinements = [Refinement(Component("m", layer), random_dictionary(layer, width=16, reads="mlp_in"), range(6)) for layer in range(2)]  # type: ignore[arg-type]
-    model = traced("torch", "gpt2").refined(refinements)
+    model = traced(backend, "gpt2").refined(IN_PARTS)
     graph = attribution_graph(model, TOKENS, logits=3)
-    run = model.linear_run(TOKENS)  # type: ignore[attr-defined]
+    run = model.linear_run(TOKENS)
     active = {(layer, position, feature) for layer in range(2) for position, feature in np.argwhere(run.features(layer) > 0)}
     found = {(node.layer, node.position, node.index) for node in graph.nodes if node.kind == "feature"}
     assert found == active
@@ -137,18 +140,38 @@ def test_from_a_model() -> None:
     assert repr(graph).startswith(f"AttributionGraph({len(found)} features, 8 errors, 4 embeddings, {len(ends)} logit")
 
 
+def test_all_backends_have_the_same_graph() -> None:
+    """With all MLPs in parts or the first one, with heads in groups or alone. (PyTorch's RMS norm is in float32.)"""
+    for family, refinements, tolerance in (("gpt2", IN_PARTS, 1e-10), ("llama", IN_PARTS[:1], 1e-5)):
+        expected, *others = (attribution_graph(traced(each, family).refined(refinements), TOKENS, logits=3) for each in BACKENDS)
+        assert {node.kind for node in expected.nodes} == {"feature", "error", "embedding", "logit"}
+        for graph in others:
+            assert [node.name for node in graph.nodes] == [node.name for node in expected.nodes]
+            for what in ("activation", "probability"):
+                got, wanted = ([getattr(node, what) or 0.0 for node in one.nodes] for one in (graph, expected))
+                np.testing.assert_allclose(got, wanted, atol=tolerance)
+            np.testing.assert_allclose(graph.weights, expected.weights, atol=tolerance * np.abs(expected.weights).max())
+
+
+def test_two_writers_of_the_input_are_one_embedding() -> None:
+    whole = traced("reference", "gpt2").model  # type: ignore[attr-defined]
+    one, two = (replace(whole, splits_input=split).traced().refined(IN_PARTS) for split in (False, True))
+    expected = attribution_graph(one, TOKENS).weights
+    np.testing.assert_allclose(attribution_graph(two, TOKENS).weights, expected, atol=1e-12)
+
+
+@every_backend
 @pytest.mark.parametrize(
-    ("model", "prompt", "message"),
+    ("prompt", "message"),
     [
-        ("plain", TOKENS, "no MLP is in parts by a transcoder; refine the model first"),
-        ("plain", "a text", "has no tokenizer; give the prompt as token ids"),
-        ("plain", (), "the prompt has no token"),
-        ("reference", TOKENS, "the numpy reference has no linear runs"),
+        (TOKENS, "no MLP is in parts by a transcoder; refine the model first"),
+        ("a text", "has no tokenizer; give the prompt as token ids"),
+        ((), "the prompt has no token"),
     ],
 )
-def test_what_has_no_graph_is_refused(model: str, prompt: Any, message: str) -> None:
+def test_what_has_no_graph_is_refused(backend: str, prompt: Any, message: str) -> None:
     with pytest.raises(CircuitGraphError, match=message):
-        attribution_graph(traced("torch" if model == "plain" else model, "gpt2"), prompt)
+        attribution_graph(traced(backend, "gpt2"), prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- files

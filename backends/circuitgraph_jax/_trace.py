@@ -14,7 +14,7 @@ from circuitgraph._architecture import Architecture
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
-from circuitgraph._linear import LinearRun
+from circuitgraph._linear import LinearPrompt
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
@@ -26,6 +26,7 @@ from circuitgraph_jax._build import build
 from circuitgraph_jax._describe import describe, embedding_path
 from circuitgraph_jax._devices import precisely
 from circuitgraph_jax._engine import JaxEngine, check_lengths
+from circuitgraph_jax._linear import JaxLinearRun
 from circuitgraph_jax._load import Checkpoint, load, with_prefix
 from circuitgraph_jax._prove import Proof, checks, prove
 from circuitgraph_jax._queries import plain_logits
@@ -103,8 +104,11 @@ class JaxModel:
             weights = np.asarray(logit_weights(self.module, refinement, features), dtype=np.float64)
         return weights - weights.mean(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
-    def linear_run(self, tokens: Sequence[int]) -> LinearRun:
-        raise CircuitGraphError("attribution graphs: the JAX backend has no linear runs; trace the model with backend='torch'")
+    def linear_run(self, tokens: Sequence[int]) -> JaxLinearRun:
+        """This model on one prompt, linear but for its MLPs. Raises `TaskError`, `CircuitGraphError`."""
+        prompt = LinearPrompt.of(tokens, self.refinements, self.architecture.vocabulary)
+        check_lengths(prompt.pairs, self._parts)
+        return JaxLinearRun(self._parts, prompt)
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.architecture.vocabulary)

@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from circuitgraph._dictionary import Dictionary
-from circuitgraph._engine import Rule
-from circuitgraph._errors import CircuitGraphError
-from circuitgraph._linear import FeatureTarget, LogitTarget
+from circuitgraph._linear import HELD, FeatureTarget, LinearPrompt, LogitTarget
 from circuitgraph._metrics import NLL
-from circuitgraph._pairs import PromptPairs
-from circuitgraph._refinement import Refinement
 from circuitgraph._sites import Sites
 from circuitgraph_torch._backward import Backward
 from circuitgraph_torch._bank import NoBank
@@ -33,29 +29,18 @@ from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._splits import CrossLayerSplit, MLPSplit, Split, Splits, transcoded
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from numpy import ndarray
 
-HELD = Rule(norms="frozen", patterns="frozen")
 _AT_ONCE = 32  # targets
 
 
 class TorchLinearRun:
-    """One prompt of a model whose MLPs are in parts, or some of them. See `circuitgraph._linear.LinearRun`.
+    """One prompt of a model whose MLPs are in parts, or some of them. See `circuitgraph._linear.LinearRun`."""
 
-    Raises `CircuitGraphError` for parts that are no transcoder's: attention must be whole, and what an SAE of an MLP's output makes of it
-    is not linear in what the MLP hears.
-    """
-
-    def __init__(self, parts: Parts, refinements: Sequence[Refinement], tokens: Int[ndarray, " position"]) -> None:
-        if others := [one for one in refinements if not one.dictionary.is_transcoder]:
-            raise CircuitGraphError(
-                f"a linear run needs MLPs in parts by transcoders, and all else whole; {others[0].component} is in parts by "
-                f"{others[0].dictionary.name}, which reads {others[0].dictionary.reads}"
-            )
-        self._parts, self._refinements = parts, {one.component.layer: one for one in refinements}
-        self._whole = _unrefined(parts)
-        (bucket,) = PromptPairs([tokens], [(tokens + 1) % parts.architecture.vocabulary], [0]).buckets()
+    def __init__(self, parts: Parts, prompt: LinearPrompt) -> None:
+        self._parts, self._prompt, self._whole = parts, prompt, _unrefined(parts)
+        (bucket,) = prompt.pairs.buckets()
         self._batch = Batch(parts, bucket, NLL(), bucket.clean, bucket.clean)
         self._input = parts.embed(bucket.clean)
 
@@ -79,6 +64,7 @@ class TorchLinearRun:
         return found
 
     def attributions(self, targets: Sequence[FeatureTarget | LogitTarget]) -> Float[ndarray, "targets writers position"]:
+        self._prompt.check_targets(targets)
         n_writers, length = self._values.shape[:2]
         out = np.zeros((len(targets), n_writers, length))
         with undisturbed(self._parts.model):
@@ -112,10 +98,10 @@ class TorchLinearRun:
         return self._run.heard(site)
 
     def _transcoder(self, layer: int) -> tuple[MLPSplit, MLPJoint]:
+        self._prompt.features(layer)  # raises where there is none
         joints = self._parts.joints.layers[layer]
         split = _of_transcoder(joints.splits.mlp)
-        if split is None:
-            raise CircuitGraphError(f"m{layer} has no features that read the stream by themselves; refine it with a transcoder")
+        assert split is not None
         assert joints.mlp is not None
         return split, joints.mlp
 
@@ -205,8 +191,6 @@ def _of_transcoder(split: Split | None) -> MLPSplit | None:
 
 def _to_stream(dictionary: Dictionary, joint: MLPJoint, grad: Tensor, x: Tensor) -> Tensor:
     """From the gradient of what a transcoder reads to that of the stream `x`, the norm's scale held."""
-    if dictionary.input_norm is not None:
-        raise CircuitGraphError(f"{dictionary.name}: a linear run cannot hold the scale of its own input norm")
     if dictionary.reads == "mlp_stream" or joint.norm is None:
         return grad
     norm = joint.norm if dictionary.reads == "mlp_in" else replace(joint.norm, gain=1.0)

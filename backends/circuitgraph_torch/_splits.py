@@ -32,7 +32,9 @@ class OutputSplit:
     def of(cls, refinement: Refinement, like: Tensor) -> OutputSplit:
         dictionary = refinement.dictionary
         assert isinstance(dictionary, Dictionary)  # neurons are an MLP's, and have a split of their own
-        return cls(dictionary.on(lambda array: torch.from_numpy(np.require(array, requirements=("C", "W"))).to(like)), [*refinement.features])
+        return cls(
+            dictionary.on(lambda array: torch.from_numpy(np.require(array, requirements=("C", "W"))).to(like)), [*refinement.features]
+        )
 
     @property
     def constant(self) -> Tensor | None:

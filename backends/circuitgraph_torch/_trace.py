@@ -16,6 +16,7 @@ from circuitgraph._dictionary import Dictionary
 from circuitgraph._engine import Check, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError, TraceError, unknown_name
 from circuitgraph._graph import Graph
+from circuitgraph._linear import LinearPrompt
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import NLL, Metric, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
@@ -118,9 +119,7 @@ class TorchModel:
 
     def linear_run(self, tokens: Sequence[int]) -> TorchLinearRun:
         """This model on one prompt, linear but for its MLPs. Raises `TaskError`, `CircuitGraphError`."""
-        ids = np.asarray(tokens, dtype=np.int64)
-        check_vocabulary(PromptPairs([ids], [(ids + 1) % self.architecture.vocabulary], [0]), self.architecture.vocabulary)
-        return TorchLinearRun(self._parts, self.refinements, ids)
+        return TorchLinearRun(self._parts, LinearPrompt.of(tokens, self.refinements, self.architecture.vocabulary))
 
     def trainer(self, place: Place, prompts: Sequence[Int[ndarray, " position"]], settings: SAETraining) -> Training:
         """A dictionary's training at a place, before its first step. The model itself is run, unrefined, and not changed."""

@@ -10,13 +10,13 @@ import numpy as np
 
 from circuitgraph._architecture import MLP, Architecture, Attention, Block, Norm, Projection
 from circuitgraph._engine import Check, Source, SourceKind, check_source
-from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
-from circuitgraph._linear import LinearRun
+from circuitgraph._linear import LinearPrompt
 from circuitgraph._metrics import Metric, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._refinement import Refinement, joined, refined, refinements_record
 from circuitgraph.testing._reference_engine import ReferenceEngine
+from circuitgraph.testing._reference_linear import ReferenceLinearRun
 from circuitgraph.testing._reference_model import ReferenceModel
 from circuitgraph.testing._reference_parts import ReferenceAttention, ReferenceLayer, ReferenceMLP, ReferenceNorm
 from circuitgraph.testing._reference_refined import logit_weights, seen_by, width_of
@@ -104,8 +104,8 @@ class ReferenceTrace:
         for tokens in (*pairs.clean, *pairs.corrupted):
             yield seen_by(self.model, refinement, tokens[None])[0]
 
-    def linear_run(self, tokens: Sequence[int]) -> LinearRun:
-        raise CircuitGraphError("attribution graphs: the numpy reference has no linear runs; trace the model with backend='torch'")
+    def linear_run(self, tokens: Sequence[int]) -> ReferenceLinearRun:
+        return ReferenceLinearRun(self.model, self.graph, LinearPrompt.of(tokens, self.model.refinements, self.model.vocabulary))
 
     def logits(self, pairs: PromptPairs) -> Float[ndarray, "prompts vocabulary"]:
         check_vocabulary(pairs, self.model.vocabulary)
