@@ -74,11 +74,12 @@ class JaxLinearRun:
             else:
                 layers[t], positions[t] = target.layer, target.position
                 directions[t] = self._prompt.dictionary(target.layer).encoder[:, target.feature]
-        towards = jnp.asarray(directions, self._dtype)
-        if (tokens >= 0).any():
+        is_logit = tokens >= 0
+        if is_logit.any():  # by way of the host: an array that a device has made is another kind to compile for
             of_logits = _logit_directions(self._decoder, self._end, jnp.asarray(tokens))
-            towards = jnp.where((tokens >= 0)[:, None], of_logits, towards)
-        found: Array = _attributions(self._decoder, self._values, jnp.asarray(layers), jnp.asarray(positions), towards)
+            directions[is_logit] = np.asarray(of_logits, dtype=np.float64)[is_logit]
+        where = (jnp.asarray(layers), jnp.asarray(positions), jnp.asarray(directions, self._dtype))
+        found: Array = _attributions(self._decoder, self._values, *where)
         return found
 
     @property
