@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import Parameter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -125,7 +125,7 @@ def _scanned(group: str, folders: tuple[tuple[str, float], ...]) -> EntryPoints:
 def _changed(folder: str) -> float:
     """When packages came into a folder of `sys.path`, or went."""
     try:
-        return os.stat(folder or ".").st_mtime
+        return Path(folder).stat().st_mtime
     except OSError:
         return 0.0  # no folder
 

@@ -127,7 +127,10 @@ CASES = {
     "relp": Case(RelP(), least_auroc=0.5),  # sees no query and no key
     "screened": Case(ScreenedBy(EAP(), keep=0.1, then=ActivationPatching()), dict.fromkeys(FOUND, "keeps what passed the screen")),
     "selected": Case(Selected(EAP(), size=6), dict.fromkeys(FOUND, "keeps as many as it is told")),
-    "sparse-feature-circuits": Case(SparseFeatureCircuits(estimator=EAPIG("activations", points=2)), dict.fromkeys(FOUND, "keeps what is above thresholds in the metric's units")),
+    "sparse-feature-circuits": Case(
+        SparseFeatureCircuits(estimator=EAPIG("activations", points=2)),
+        dict.fromkeys(FOUND, "keeps what is above thresholds in the metric's units"),
+    ),
     "subnetwork-probing": Case(SubnetworkProbing(n_steps=10), SAMPLES),
     "ugs": Case(UniformGradientSampling(n_steps=6), SAMPLES),
 }
