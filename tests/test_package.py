@@ -29,7 +29,7 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("*.py"))
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FEWER = {"ioi_path_patching.py": ("1",), "smollm2_features.py": ("20",)}  # prompts whose every head is patched; steps of training
+FEWER = {"ioi_path_patching.py": ("1",), "smollm2_features.py": ("20", "4")}  # prompts whose every head is patched; steps, prompts
 NEEDS_A_MODEL_OF_YOURS = ("docs/how-to/own-model.md", 0)
 
 
