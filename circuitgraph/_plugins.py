@@ -12,7 +12,9 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from inspect import Parameter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -109,9 +111,23 @@ def _is_required(parameter: Parameter) -> bool:
 
 
 def _registered(group: str) -> EntryPoints:
+    return _scanned(group, tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _scanned(group: str, folders: tuple[tuple[str, float], ...]) -> EntryPoints:
+    """Every installed package is read for it, so once for the folders as they are."""
     from importlib.metadata import entry_points  # a tenth of the time that `import circuitgraph` takes, so only when asked
 
     return entry_points(group=group)
+
+
+def _changed(folder: str) -> float:
+    """When packages came into a folder of `sys.path`, or went."""
+    try:
+        return Path(folder).stat().st_mtime
+    except OSError:
+        return 0.0  # no folder
 
 
 def _entry(group: str, kind: str, name: str) -> EntryPoint:

@@ -6,10 +6,13 @@ Every weight, gain and bias is random and large, so that nothing is nearly linea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import transformers as hf
+
+import circuitgraph_torch
 
 VOCABULARY = 97
 _SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
@@ -105,3 +108,9 @@ def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
             is_embedding = "embed" in path or "wte" in path or "wpe" in path
             parameter.data = noise * (0.5 if is_embedding else 0.6 / max(parameter.shape[-1], 1) ** 0.5)
     return model.to(dtype).requires_grad_(False)
+
+
+@cache
+def traced(name: str) -> circuitgraph_torch.TorchModel:
+    """A tiny model in PyTorch, traced once for all tests that only ask it."""
+    return circuitgraph_torch.trace(tiny(name))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import own_process
 import pytest
 import yaml
 
@@ -43,9 +44,10 @@ from circuitgraph import (
     UnknownNameError,
 )
 from circuitgraph._plugins import ALGORITHMS, algorithm_named, names
-from circuitgraph.testing import CHECKS, CheckError, check_algorithm
+from circuitgraph.testing import CHECKS, CheckError, ReferenceModel, check_algorithm
 from circuitgraph.testing._check_algorithm import results
 from circuitgraph.testing._checks import PLANTED
+from circuitgraph.testing._traces import kept_trace
 
 ROOT = Path(__file__).parent.parent
 BY_WRITER = "gives all edges of a writer one score"
@@ -85,8 +87,8 @@ CASES = {
     "attribution-patching": Case(AttributionPatching(), NODES),
     "eap": Case(EAP()),
     "eap-ig": Case(EAPIG()),
-    "eap-ig, activations": Case(EAPIG("activations")),
-    "eap-ig, mask": Case(EAPIG("mask"), {"linear-models-are-scored-exactly": "shares a path's effect out among its edges"}),
+    "eap-ig, activations": Case(EAPIG("activations", points=2)),
+    "eap-ig, mask": Case(EAPIG("mask", points=3), {"linear-models-are-scored-exactly": "shares a path's effect out among its edges"}),
     "edge-pruning": Case(EdgePruning(target=10, n_steps=10), SAMPLES),
     "ensemble": Case(
         Ensemble((EAP(), ActivationPatching())),
@@ -125,7 +127,10 @@ CASES = {
     "relp": Case(RelP(), least_auroc=0.5),  # sees no query and no key
     "screened": Case(ScreenedBy(EAP(), keep=0.1, then=ActivationPatching()), dict.fromkeys(FOUND, "keeps what passed the screen")),
     "selected": Case(Selected(EAP(), size=6), dict.fromkeys(FOUND, "keeps as many as it is told")),
-    "sparse-feature-circuits": Case(SparseFeatureCircuits(), dict.fromkeys(FOUND, "keeps what is above thresholds in the metric's units")),
+    "sparse-feature-circuits": Case(
+        SparseFeatureCircuits(estimator=EAPIG("activations", points=2)),
+        dict.fromkeys(FOUND, "keeps what is above thresholds in the metric's units"),
+    ),
     "subnetwork-probing": Case(SubnetworkProbing(n_steps=10), SAMPLES),
     "ugs": Case(UniformGradientSampling(n_steps=6), SAMPLES),
 }
@@ -252,6 +257,17 @@ def test_planted_models_of_the_checks_are_of_several_kinds() -> None:
     assert {options.get("norm") for options in PLANTED} == {None, "rms", "layer"}
 
 
+def test_models_of_the_same_numbers_are_traced_once() -> None:
+    one, same, other = (ReferenceModel.random(seed, n_layers=1) for seed in (0, 0, 1))
+    assert kept_trace(one, "reference") is kept_trace(same, "reference")
+    attention = one.layers[0].attention
+    assert attention is not None
+    moved = replace(one, layers=(replace(one.layers[0], attention=replace(attention, n_padding=1)),))
+    for changed in (other, moved, replace(one, logit_scale=2.0)):
+        assert kept_trace(changed, "reference").graph == one.graph()
+        assert kept_trace(changed, "reference") is not kept_trace(one, "reference")
+
+
 PLUGIN = """
 from dataclasses import dataclass
 from circuitgraph import EAP, Engine, Outcome
@@ -266,32 +282,24 @@ good = EAP()
 """
 
 
-def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def plugin_arguments(folder: Path, *arguments: str) -> list[str]:
     (folder / "mine.py").write_text(PLUGIN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "circuitgraph.testing.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "-rsf",
-        "--rootdir",
-        str(folder),
-        *arguments,
-    ]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return ["-p", "circuitgraph.testing.pytest_plugin", "-p", "no:cacheprovider", "-q", "-rsf", "--rootdir", str(folder), *arguments]
+
+
+def run_pytest(folder: Path, *arguments: str) -> tuple[int | None, str]:
+    """The exit code, and all that was printed. Without the plugins of others, some of which cannot be loaded after what they are for."""
+    script = folder / "run_pytest.py"
+    script.write_text("import os, sys, pytest\nos.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'\nsys.exit(pytest.main(sys.argv[1:]))")
+    return own_process.run(script, folder, *plugin_arguments(folder, *arguments))
 
 
 def test_the_plugin_makes_a_test_of_every_check(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "--circuitgraph-check", "mine:Negated", "--circuitgraph-skip", "same-seed-same-result=we know")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "linear-models-are-scored-exactly: the scores are not the effects of the edges" in done.stdout
-    assert "we know" in done.stdout
-    assert f"1 failed, {len(CHECKS) - 4} passed, 3 skipped" in done.stdout
+    code, printed = run_pytest(tmp_path, "--circuitgraph-check", "mine:Negated", "--circuitgraph-skip", "same-seed-same-result=we know")
+    assert code == 1, printed
+    assert "linear-models-are-scored-exactly: the scores are not the effects of the edges" in printed
+    assert "we know" in printed
+    assert f"1 failed, {len(CHECKS) - 4} passed, 3 skipped" in printed
 
 
 @pytest.mark.parametrize(
@@ -304,13 +312,13 @@ def test_the_plugin_makes_a_test_of_every_check(tmp_path: Path) -> None:
     ],
 )
 def test_the_plugin_says_what_it_cannot_find(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run_pytest(tmp_path, *arguments)
-    assert done.returncode == 4
-    assert message in done.stdout + done.stderr
+    code, printed = run_pytest(tmp_path, *arguments)
+    assert code == 4
+    assert message in printed
 
 
 def test_the_workflow_of_the_documentation_checks_the_example(tmp_path: Path) -> None:
-    """The whole story: an algorithm of twenty lines, tested in CI by a file of ten."""
+    """The whole story: an algorithm of twenty lines, tested in CI by a file of ten; in a new interpreter, as there."""
     page = (ROOT / "docs" / "how-to" / "test-an-algorithm.md").read_text()
     (text,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     (job,) = yaml.safe_load(text)["jobs"].values()
@@ -320,7 +328,9 @@ def test_the_workflow_of_the_documentation_checks_the_example(tmp_path: Path) ->
     (tmp_path / "tested_algorithm.py").write_text(source)
     body = source[source.index("@dataclass") : source.index("if __name__")]
     assert len(body.strip().splitlines()) <= 20
-    done = run_pytest(tmp_path, *shlex.split(check)[1:])
+    command = [sys.executable, "-m", "pytest", *plugin_arguments(tmp_path, *shlex.split(check)[1:])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(CHECKS) - 2} passed, 2 skipped" in done.stdout
 

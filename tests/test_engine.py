@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -51,7 +52,7 @@ _BOUND: dict[str, Bound] = {}
 
 def bound(family: str) -> Bound:
     if family not in _BOUND:
-        traced = circuitgraph_torch.trace(tiny(family))
+        traced = families.traced(family)
         pairs = make_pairs(traced.architecture.vocabulary)
         engine = traced.bind(pairs, "logit_diff")
         values = engine.reversed().activations()

@@ -106,12 +106,13 @@ def agree_on_values(both: Pair, mask: np.ndarray | None, dtype: Dtype = "float32
 
 
 def agree_on_everything(both: Pair, masks: list[np.ndarray], dtype: Dtype = "float32", *, mix: float = 1.0, **options: Any) -> None:
-    """All three queries, `evaluate` on every mask and the others on the first."""
+    """All three queries on every mask; in float32 a sparse one leaves little but rounding of a KL's gradient, so there on the first."""
     expected, got = (engine.evaluate(np.stack(masks), **options) for engine in both)
     agree(got, expected, dtype)
-    agree_on_values(both, masks[0], dtype, **options)
-    if both.jax.metric.is_differentiable:
-        agree_on_gradient(both, masks[0], mix, dtype, **options)
+    for mask in masks if dtype == "float64" else masks[:1]:
+        agree_on_values(both, mask, dtype, **options)
+        if both.jax.metric.is_differentiable:
+            agree_on_gradient(both, mask, mix, dtype, **options)
 
 
 def agree_on_gradient(both: Pair, mask: np.ndarray, mix: float, dtype: Dtype = "float32", **options: Any) -> None:
@@ -119,7 +120,8 @@ def agree_on_gradient(both: Pair, mask: np.ndarray, mix: float, dtype: Dtype = "
     agree(got, expected, dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES[::4])  # the numbers of a family are compared in float64, below; this is about the dtype
+# The numbers of a family are compared in float64, below. This is about the dtype, and others ask these in it too.
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox", "llama", "gemma2"])
 @settings(max_examples=2, phases=PHASES)
 @given(seed=seeds, kinds=st.permutations(MASKS))
 def test_some_families_in_float32(family: str, seed: int, kinds: list[str]) -> None:
@@ -159,7 +161,7 @@ def test_metrics_and_sources_in_float32(metric: str, source: SourceKind) -> None
     agree_on_everything(both, [mask_of("float", 1, both.graph)])
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt_neo", "float32"), ("gpt2", "float64"), ("gemma2", "float64"), ("gpt_neox", "float64")])
+@pytest.mark.parametrize(("family", "dtype"), [("gpt_neo", "float32"), ("gemma2", "float64"), ("gpt_neox", "float64")])
 def test_gradients_of_every_kind(family: str, dtype: Dtype) -> None:
     """At the model and under masks; with the source run known already, and before."""
     with precision(dtype):
@@ -167,22 +169,6 @@ def test_gradients_of_every_kind(family: str, dtype: Dtype) -> None:
         everything = np.ones(both.graph.shape)
         for mask, mix in [(everything, 1.0), (everything, 0.3), (everything, 1.0), *((mask_of(k, 5, both.graph), 0.3) for k in MASKS)]:
             agree_on_gradient(both, mask, mix, dtype)
-
-
-@settings(max_examples=6, phases=PHASES)
-@given(
-    metric=st.sampled_from(["logit_diff", "prob_diff", "nll", "kl", "accuracy"]),
-    sources=st.sampled_from([("corrupted", "mean-per-position"), ("zero", "mean")]),
-    seed=seeds,
-)
-def test_every_metric_and_source(metric: str, sources: tuple[SourceKind, SourceKind], seed: int) -> None:
-    """In float64, where no mask is unlucky: a probability may be tiny, and its relative error large. What is compiled for a metric and one
-    of two sources serves the other source and all masks."""
-    with precision("float64"):
-        for source in sources:
-            both = traced("gemma2", "float64").bind(pairs_of(seed), metric, source)
-            for kind in MASKS:
-                agree_on_everything(both, [mask_of(kind, seed, both.graph)], "float64")
 
 
 @settings(max_examples=6, phases=PHASES)

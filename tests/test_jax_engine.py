@@ -185,12 +185,17 @@ def test_other_numbers_in_the_same_shapes_compile_nothing() -> None:
 
 # Devices
 
+# PyTorch says what one device says (`test_jax_differential`), and compiles nothing.
 ON_DEVICES = """
+from contextlib import ExitStack
 from dataclasses import replace
 
 import jax
 import numpy as np
+from lifted import lifted
+
 import circuitgraph_jax
+import circuitgraph_torch
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _queries as queries
@@ -214,11 +219,14 @@ def same(got, expected):
 assert len(jax.devices()) == 4
 many = circuitgraph_jax.trace("zoo:induction-2l", dtype="float64")
 one = circuitgraph_jax.trace("zoo:induction-2l", dtype="float64", devices=jax.devices()[:1])
+everything = ExitStack()
+everything.enter_context(lifted())
+torch = circuitgraph_torch.trace("zoo:induction-2l", dtype="float64")
 # How many devices prompts and lanes are shared out to; how many prompts there are with those that fill up.
 for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4, 1)]:
     spans = np.random.default_rng(1).integers(0, 2, (n_prompts, 9))
     pairs = replace(random_pairs(n_prompts, lengths=[9] * n_prompts, vocabulary=100), spans=spans, span_names=["A", "B"])
-    ours, theirs = (model.bind(pairs, "logit_diff") for model in (many, one))
+    ours, theirs = (model.bind(pairs, "logit_diff") for model in (many, torch))
     masks = np.random.default_rng(n_prompts).uniform(size=(7, *ours.graph.shape))
     shapes.clear()
     watch_hlo = n_prompts == 3  # both prompts and lanes are shared out
@@ -238,14 +246,15 @@ for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4
     (batch,) = values.batches
     assert batch.shape[0] == rows and batch.addressable_shards[0].data.shape[0] == rows // by_prompt
     assert len({shard.index[0].start for shard in batch.addressable_shards}) == by_prompt
-    (batch,) = expected.batches
-    assert len(batch.sharding.device_set) == 1
-    same(ours.evaluate(masks[:1], source=expected), theirs.evaluate(masks[:1], source=values))  # values of other devices
+    said = one.bind(pairs, "logit_diff").activations()
+    assert len(said.batches[0].sharding.device_set) == 1
+    same(ours.evaluate(masks[:1], source=said), theirs.evaluate(masks[:1], source=said))  # values of other devices
 for algorithm in (EAP(), ActivationPatching(max_lanes=4), ACDC(threshold=0.05, max_lanes=4)):
     pairs = random_pairs(4, lengths=(9, 9, 9), vocabulary=100)
-    got, expected = (algorithm.run(model.bind(pairs, "logit_diff")) for model in (many, one))
+    got, expected = (algorithm.run(model.bind(pairs, "logit_diff")) for model in (many, torch))
     assert np.array_equal(got.mask, expected.mask)
     same(got.scores, expected.scores)
+everything.close()
 assert hlo
 """
 
@@ -255,7 +264,7 @@ def test_four_devices_give_the_numbers_of_one() -> None:
     here = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(here), str(here / "backends")])},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(str(here / folder) for folder in ("", "backends", "tests"))},
         capture_output=True,
         text=True,
         check=False,

@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -28,7 +29,7 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("*.py"))
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FEWER = {"ioi_path_patching.py": ("1",), "smollm2_features.py": ("20",)}  # prompts whose every head is patched; steps of training
+FEWER = {"ioi_path_patching.py": ("1",), "smollm2_features.py": ("20", "4")}  # prompts whose every head is patched; steps, prompts
 NEEDS_A_MODEL_OF_YOURS = ("docs/how-to/own-model.md", 0)
 
 
@@ -118,6 +119,17 @@ def test_missing_framework_gives_the_command_that_installs_it(monkeypatch: pytes
         CircuitGraphError, match=re.escape("needs framework_of_the_future, which is not installed; run: pip install 'circuitgraph[future]'")
     ):
         circuitgraph.trace("anything", backend="future")
+
+
+def test_a_package_that_is_installed_meanwhile_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    os.utime(tmp_path, (0, 0))
+    assert "late" not in _plugins.names(_plugins.ALGORITHMS)
+    package = tmp_path / "late-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[circuitgraph.algorithms]\nlate = late:Late\n")
+    assert "late" in _plugins.names(_plugins.ALGORITHMS)
 
 
 def test_zoo_lists_what_it_has() -> None:

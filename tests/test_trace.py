@@ -7,6 +7,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import families
 import nnsight
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ PAIRS = PromptPairs(
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "bloom"])
 def test_every_family_is_proved(family: str) -> None:
-    traced = circuitgraph_torch.trace(tiny(family))
+    traced = families.traced(family)
     assert traced.proof.logits_error <= 1e-5
     assert traced.proof.residual_error <= 1e-5
     assert Architecture.from_json(traced.architecture.to_json()) == traced.architecture
@@ -49,7 +50,7 @@ def test_other_dtypes(family: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "bloom"])
 def test_all_checks_hold(family: str) -> None:
-    checks = [*circuitgraph_torch.trace(tiny(family)).checks(PAIRS)]
+    checks = [*families.traced(family).checks(PAIRS)]
     assert [check.name for check in checks] == [
         "F(1) is the model",
         "F(0) is the source run",

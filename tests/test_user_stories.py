@@ -122,7 +122,7 @@ def test_tiny_english_does_its_tasks(task: str, backend: str) -> None:
 @pytest.mark.smollm2
 def test_a_real_language_model_and_a_real_task(tmp_path: Path) -> None:
     folder = tmp_path / "ioi"
-    found = run("discover", "ioi", "-m", "smollm2-135m", "-a", "eap", "--top", "2000", "-n", "8", "-o", str(folder))
+    found = run("discover", "ioi", "-m", "smollm2-135m", "-a", "eap", "--top", "2000", "-n", "4", "-o", str(folder))
     assert found["edges_total"] == 70651
     assert found["task_accuracy"] >= 0.75
     assert found["metric_clean"] > 2 > 0 > found["metric_corrupted"]

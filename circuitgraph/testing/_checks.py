@@ -24,6 +24,7 @@ from circuitgraph.testing._planted import PlantedModel, planted_model
 from circuitgraph.testing._planting import VOCABULARY
 from circuitgraph.testing._random_pairs import random_pairs
 from circuitgraph.testing._reference_model import ReferenceModel
+from circuitgraph.testing._traces import kept_trace
 from circuitgraph.testing._transforms import padded, places_of, renamed, reordered, scaled, turned
 
 if TYPE_CHECKING:
@@ -76,9 +77,7 @@ class Subject:
         source: Any = "corrupted",
         **options: Any,
     ) -> Engine:
-        from circuitgraph.testing._planted import traced
-
-        return traced(model, backend or self.backends[0], **options).bind(pairs, metric or self.metric, source)
+        return kept_trace(model, backend or self.backends[0], **options).bind(pairs, metric or self.metric, source)
 
     def run(self, engine: Engine) -> Outcome:
         return last_outcome(outcomes(self.algorithm, engine))
@@ -133,7 +132,7 @@ def outcome_is_well_formed(subject: Subject) -> None:
 
 def provenance_is_complete(subject: Subject) -> None:
     """A circuit says which algorithm found it, with every setting; what it puts on record is plain JSON."""
-    circuit = discover(subject.planted.traced(subject.backends[0]), subject.planted.pairs, subject.algorithm)
+    circuit = discover(kept_trace(subject.planted.model, subject.backends[0]), subject.planted.pairs, subject.algorithm)
     expect(circuit.provenance["algorithm"] == described(subject.algorithm), "the circuit's provenance does not describe the algorithm")
     for key in ("model", "prompts_digest", "source", "versions", "seed"):
         expect(key in circuit.provenance, f"the circuit's provenance has no {key}")

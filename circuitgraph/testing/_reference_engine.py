@@ -8,7 +8,7 @@ purpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
     Values = Float[ndarray, "prompts writers position d_model"]
+    Directions = Float[ndarray, "edges prompts position d_model"]
 
 STEP = 1e-5  # of central differences, in units of the nudge
 _LANE_NUMBERS = 1 << 19  # what writers say in the lanes that are run together, in numbers: four megabytes
@@ -123,13 +124,14 @@ class ReferenceEngine:
         for batch in self._batches:
             source_values = self._source_of(batch, source)
             direction = self._run(batch, mask[None], source_values).values - source_values
+            edges = [np.flatnonzero(seen) for seen in self.graph.visible]
+            places = self._places(batch, mask)
+            nudges = [np.stack([there * direction[:, w] for w in seen for there in places]) for seen in edges]
             for one_mix in np.atleast_1d(mix):
-                slopes = _Slopes(self, batch, mask, source_values, float(one_mix), rule)
-                for r in range(len(self.graph.readers)):
-                    seen = np.flatnonzero(self.graph.visible[r])
-                    nudges = np.stack([there * direction[:, w] for w in seen for there in self._places(batch, mask)])
-                    found = np.moveaxis(slopes.of_edges(r, nudges), 0, -1).reshape(len(batch.index), len(seen), *mask.shape[2:])
-                    out[batch.index[:, None], r, seen] += found / np.size(mix)
+                slopes = _Slopes(self, batch, mask, source_values, float(one_mix), rule).of_edges(nudges)
+                for r, (seen, found) in enumerate(zip(edges, slopes, strict=True)):
+                    by_prompt = np.moveaxis(found, 0, -1).reshape(len(batch.index), len(seen), *mask.shape[2:])
+                    out[batch.index[:, None], r, seen] += by_prompt / np.size(mix)
         return out
 
     def _places(self, batch: _Batch, mask: Mask) -> list[Any]:
@@ -207,18 +209,37 @@ class _Slopes:
     mix: float
     rule: Rule
 
-    def of_edges(self, r: int, directions: Float[ndarray, "edges prompts position d_model"]) -> Float[ndarray, "edges prompts"]:
-        """Along edges into one reader; a direction is `live_w - source_w` at the positions in question."""
-        reader = self.engine.graph.readers[r]
-        if self.rule.patterns == "recomputed" and reader.kind in ("q", "k"):
-            if reader.layer == self.rule.dropped_layer:
-                return np.zeros(directions.shape[:2])
-            patched = [dict(self._patched(reader, direction)) for direction in directions]
-            return -self._along({head: np.stack([change[head] for change in patched]) for head in patched[0]}, len(directions))
-        return self._along({reader: directions}, len(directions))
+    def of_edges(self, directions: Sequence[Directions]) -> Iterator[Float[ndarray, "edges prompts"]]:
+        """By reader, along edges into it; a direction is `live_w - source_w` at the positions in question. Readers are run together, as
+        many as there is room for."""
+        first, n = 0, 0
+        for r, more in enumerate(directions):
+            if n > 0 and (n + len(more)) * self.source.size > _LANE_NUMBERS:
+                yield from self._of_readers(range(first, r), directions)
+                first, n = r, 0
+            n += len(more)
+        yield from self._of_readers(range(first, len(directions)), directions)
+
+    def _of_readers(self, readers: range, directions: Sequence[Directions]) -> list[Float[ndarray, "edges prompts"]]:
+        """Each nudge on its own copy of the prompts."""
+        nudge: dict[Reader | Writer, list[tuple[slice, Stream]]] = {}
+        ends, n_prompts = np.cumsum([0, *(len(directions[r]) for r in readers)]), len(self.batch.index)
+        for r, start, end in zip(readers, ends, ends[1:], strict=False):
+            for where, by in self._nudges(self.engine.graph.readers[r], directions[r]).items():
+                nudge.setdefault(where, []).append((slice(start * n_prompts, end * n_prompts), np.concatenate(by)))
+        return np.split(self._along(nudge, int(ends[-1])), ends[1:-1])
+
+    def _nudges(self, reader: Reader, directions: Directions) -> Mapping[Reader | Writer, Directions]:
+        """What moves with the edges into a reader: its input, or what its heads say."""
+        if self.rule.patterns != "recomputed" or reader.kind not in ("q", "k"):
+            return {reader: directions}
+        if reader.layer == self.rule.dropped_layer:
+            return {}
+        patched = [dict(self._patched(reader, direction)) for direction in directions]
+        return {head: -np.stack([change[head] for change in patched]) for head in patched[0]}
 
     def _along(self, nudge: Nudge, n: int) -> Float[ndarray, "nudges prompts"]:
-        """Along `n` nudges, each on its own copy of the prompts."""
+        """Along nudges, on `n` copies of the prompts."""
         batch, source = self.batch.times(n), copies(self.source, n)
         up, down = (
             self.engine._run(
@@ -226,7 +247,7 @@ class _Slopes:
                 self.mask[None],
                 source,
                 self.mix,
-                {end: step * np.concatenate(by) for end, by in nudge.items()},
+                {end: [(rows, step * by) for rows, by in nudges] for end, nudges in nudge.items()},
                 self._first.memory.again(n),
             )
             for step in (STEP, -STEP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     Tokens = Int[ndarray, "prompts position"]
     Stream = Float[ndarray, "prompts position d_model"]
     Values = Float[ndarray, "prompts writers position d_model"]
-    Nudge = Mapping[Reader | Writer, Stream]  # what is added to the input of a reader, or to what a head says before a post-norm
+    # What is added, in some rows of the prompts, to the input of a reader, or to what a head says before a post-norm.
+    Nudge = Mapping[Reader | Writer, Sequence[tuple[slice, Stream]]]
 
 NOTHING: Nudge = {}
 
@@ -72,11 +73,17 @@ class Run:
         patched = np.flatnonzero(np.broadcast_to((m != 1).any(axis=(1, 2)), len(x)))  # few, where every run patches one edge
         x[patched] += _weighted((1 - m if len(m) == 1 else 1 - m[patched]) * is_seen, self.source[patched % len(self.source)])
         x += self.constant
-        x += self.nudge.get(self.graph.readers[r], 0.0)
+        x = self.nudged(self.graph.readers[r], x)
         is_dropped = kind != "logits" and layer == self.memory.rule.dropped_layer
         heard: Stream = self.memory.held(is_dropped, x)
         self.heard[Reader(kind, layer, index)] = heard
         return heard
+
+    def nudged(self, end: Reader | Writer, x: Stream) -> Stream:
+        """In place."""
+        for rows, by in self.nudge.get(end, ()):
+            x[rows] += by
+        return x
 
     def _coefficients(self, r: int, n: int) -> Float[ndarray, "copies some position"]:
         """Of the first writers; of every prompt, or one for all; of every position, or one for all."""
@@ -166,7 +173,7 @@ def _run_attention(run: Run, number: int, attention: ReferenceAttention, refinem
         attention.mixed(h, *(run.read(kind, number, h) for kind in get_args(HeadInput)), memory=run.memory)
         for h in range(attention.n_heads)
     ]
-    heads = [z @ attention.o[h].T + run.nudge.get(name, 0.0) for h, (z, name) in enumerate(zip(mixed, names, strict=True))]
+    heads = [run.nudged(name, z @ attention.o[h].T) for h, (z, name) in enumerate(zip(mixed, names, strict=True))]
     parts, rest = attention.parts(heads, run.memory)
     if refinement is not None:
         return run.write_parts(refinement, attention_parts(refinement, attention, np.concatenate(mixed, axis=-1), sum(parts, rest)))
@@ -220,13 +227,19 @@ def source_values(model: ReferenceModel, graph: Graph, pairs: PromptPairs, sourc
 
 
 def _plain_values(model: ReferenceModel, graph: Graph, prompts: Any) -> list[Float[ndarray, "writers position d_model"]]:
-    return [values for tokens in prompts for values in _plain_run(model, graph, tokens[None])]
+    """Prompts of one length are run together."""
+    lengths, found = np.array([len(tokens) for tokens in prompts]), [np.empty(0)] * len(prompts)
+    for length in np.unique(lengths):
+        index = np.flatnonzero(lengths == length)
+        for i, values in zip(index, _plain_run(model, graph, np.stack([prompts[i] for i in index])), strict=True):
+            found[i] = values
+    return found
 
 
-def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Iterator[Float[ndarray, "writers position d_model"]]:
+def _plain_run(model: ReferenceModel, graph: Graph, tokens: Tokens) -> Values:
     said = model.inputs(tokens)
     nothing = np.zeros((len(tokens), len(graph.writers), *said.shape[2:]))
-    yield from masked_run(model, graph, said, np.ones((1, *graph.shape)), nothing).values
+    return masked_run(model, graph, said, np.ones((1, *graph.shape)), nothing).values
 
 
 def _mean_of_length(pool: list[Any], length: int) -> Float[ndarray, "writers position d_model"]:
