@@ -67,7 +67,7 @@ class Run:
     def read(self, kind: ReaderKind, layer: int = -1, index: int = -1) -> Stream:
         """The input of a reader, or of a head's reader: the equation at the top of this file."""
         r = self.graph.reader_id(Reader(kind, layer, index))
-        n = int(np.flatnonzero(self.graph.visible[r])[-1]) + 1  # writers are sorted: those that a reader sees come first
+        n = 1 + max(np.flatnonzero(self.graph.visible[r]).tolist(), default=-1)  # writers are sorted: those that a reader sees come first
         is_seen, m = self.graph.visible[r, :n, None], self._coefficients(r, n)
         x = _weighted(m * is_seen, self.values)
         patched = np.flatnonzero(np.broadcast_to((m != 1).any(axis=(1, 2)), len(x)))  # few, where every run patches one edge
