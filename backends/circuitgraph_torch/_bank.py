@@ -8,13 +8,15 @@ A mask may differ from span to span of the prompts; then every position of every
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from circuitgraph_torch._spare import fresh
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -70,13 +72,20 @@ class Bank:
     """The differences of all writers computed so far.
 
     `shared` `[n_shared, prompts, position, d_model]` comes from a cached run and is the same in every lane; later writers are kept per
-    lane, and only those in `computed`. `spans` `[prompts, position]` says where masks with spans have which coefficients.
+    lane, and only those in `computed`, in what `allocate` gives. `spans` `[prompts, position]` says where masks with spans have which
+    coefficients.
     """
 
     keeps = True
 
     def __init__(
-        self, shared: Tensor, n_lanes: int, computed: Bool[ndarray, " writers"], like: Tensor, spans: Tensor | None = None
+        self,
+        shared: Tensor,
+        n_lanes: int,
+        computed: Bool[ndarray, " writers"],
+        like: Tensor,
+        spans: Tensor | None = None,
+        allocate: Callable[..., Tensor] = fresh,
     ) -> None:
         self._shared, self._spans = shared, spans
         n_shared = len(shared)
@@ -85,7 +94,7 @@ class Bank:
         own = np.flatnonzero(computed[n_shared:]) + n_shared
         self._slot = np.full(len(computed), -1)
         self._slot[own] = np.arange(len(own))
-        self.own = empty_like(like, n_lanes, len(own), *like.shape[-3:])
+        self.own = allocate(like, n_lanes, len(own), *like.shape[-3:])
 
     def write(self, writers: Int[ndarray, " some"], said: Tensor, source: Tensor) -> None:
         """Keep the difference of two `[some, lanes, prompts, position, d_model]`."""
@@ -164,14 +173,6 @@ def _columns(rows: Rows) -> Int[ndarray, " writers"]:
 def by_position(rows: Float[ndarray, "distinct writers spans"], spans: Tensor, like: Tensor) -> Tensor:
     """`[prompts * position, distinct, writers]`: every position has the coefficients of its span."""
     return to_tensor(np.moveaxis(rows, -1, 0), like)[spans.flatten()]
-
-
-def empty_like(like: Tensor, *shape: int) -> Tensor:
-    """A tensor to be filled, of a dtype and device. On a CPU in numpy's memory, for which it asks the system for large pages."""
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size == 0:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def to_tensor(values: Float[ndarray, ...], like: Tensor) -> Tensor:

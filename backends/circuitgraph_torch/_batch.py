@@ -25,6 +25,7 @@ from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._kept import KeptRun
 from circuitgraph_torch._recomputed import Recomputed
+from circuitgraph_torch._spare import Spare
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A traced model in its parts. `largest`: how many prompts a batch may have at most, where memory said so."""
+    """A traced model in its parts. `largest`: how many prompts a batch may have at most, where memory said so. `spare`: for runs
+    of all writers."""
 
     model: nn.Module
     architecture: Architecture
@@ -43,6 +45,7 @@ class Parts:
     sites: Sites
     budget: MemoryBudget
     largest: int | None = None
+    spare: Spare = field(default_factory=Spare)
     _calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
 
     def calls(self, length: int) -> list[AttentionCall]:
@@ -289,7 +292,7 @@ class Batch:
         self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None
     ) -> tuple[Tensor, Bank]:
         everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
-        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans)
+        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans, self._parts.spare)
         bank.write(np.array([0]), start[None, None], source.values[:1, None])
         forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
         return forward.run(bank, start[None], 0), bank
@@ -298,7 +301,7 @@ class Batch:
         sites = self._parts.sites
         ones = np.ones((1, *sites.graph.shape), dtype=np.float32)
         zero = self.source_run(start.new_zeros(len(sites.graph.writers), 1, 1, start.shape[-1]))
-        bank = Bank(start.new_empty(0, *start.shape), 1, np.ones(ones.shape[2], dtype=bool), start)
+        bank = Bank(start.new_empty(0, *start.shape), 1, np.ones(ones.shape[2], dtype=bool), start, allocate=self._parts.spare)
         bank.write(np.array([0]), start[None, None], zero.values[:1, None])
         forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool))
         forward.run(bank, start[None], 0)
