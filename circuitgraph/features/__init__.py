@@ -25,6 +25,7 @@ from circuitgraph.features._picture import render_attribution as render_attribut
 from circuitgraph.features._refine import refine as refine
 from circuitgraph.features._saelens import from_saelens as from_saelens
 from circuitgraph.features._saelens import save_dictionary as save_dictionary
+from circuitgraph.features._thresholds import thresholded as thresholded
 from circuitgraph.features._train import Trained as Trained
 from circuitgraph.features._train import measure as measure
 from circuitgraph.features._train import train as train

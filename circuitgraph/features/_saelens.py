@@ -167,7 +167,8 @@ class _Weights:
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
     """Write a dictionary as SAELens does, in float32, for us or for SAELens to read.
 
-    SAELens has no TopK transcoders; one is written as "topk_transcoder", which only `load_dictionary` reads. Raises `FileError` where it
+    SAELens has no TopK transcoders; one is written as "topk_transcoder", which only `load_dictionary` reads (`thresholded` makes a
+    JumpReLU one of it). Raises `FileError` where it
     cannot be written, `CircuitGraphError` for anything else that SAELens has no form for.
     """
     import safetensors.numpy
