@@ -181,6 +181,11 @@ class AutoEncoderOfDictionaryLearning(torch.nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.kind = kind
+        if kind == "MatryoshkaBatchTopKSAE":
+            for name, shape in (("W_enc", (WIDTH, N)), ("W_dec", (N, WIDTH)), ("b_enc", (N,)), ("b_dec", (WIDTH,))):
+                setattr(self, name, torch.nn.Parameter(torch.randn(*shape)))
+            self.register_buffer("threshold", torch.tensor(0.2))
+            return
         if kind == "JumpReluAutoEncoder":
             for name, shape in (("W_enc", (WIDTH, N)), ("W_dec", (N, WIDTH)), ("b_enc", (N,)), ("b_dec", (WIDTH,)), ("threshold", (N,))):
                 setattr(self, name, torch.nn.Parameter(torch.randn(*shape)))
@@ -200,13 +205,15 @@ class AutoEncoderOfDictionaryLearning(torch.nn.Module):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "JumpReluAutoEncoder":
             pre = x @ self.W_enc + self.b_enc
-            return torch.relu(pre * (pre > self.threshold)) * self.W_dec.norm(dim=1)
+            return torch.relu(pre * (pre > self.threshold))
+        if self.kind == "MatryoshkaBatchTopKSAE":
+            f = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+            return f * (f > 0.2)
         if self.kind == "AutoEncoderNew":
             return torch.relu(self.encoder(x))
         if self.kind == "GatedAutoEncoder":
             y = self.encoder(x - self.decoder_bias)
-            f = (y + self.gate_bias > 0) * torch.relu(self.r_mag.exp() * y + self.mag_bias)
-            return f * self.decoder.weight.norm(dim=0)
+            return (y + self.gate_bias > 0) * torch.relu(self.r_mag.exp() * y + self.mag_bias)
         f = torch.relu(self.encoder(x - (self.bias if self.kind == "AutoEncoder" else self.b_dec)))
         if self.kind == "AutoEncoderTopK":
             best = f.topk(2, dim=-1)
@@ -214,10 +221,10 @@ class AutoEncoderOfDictionaryLearning(torch.nn.Module):
         return f if self.kind == "AutoEncoder" else f * (f > 0.2)
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
-        if self.kind == "JumpReluAutoEncoder":
-            return f / self.W_dec.norm(dim=1) @ self.W_dec + self.b_dec
+        if self.kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+            return f @ self.W_dec + self.b_dec
         if self.kind == "GatedAutoEncoder":
-            return self.decoder(f / self.decoder.weight.norm(dim=0)) + self.decoder_bias
+            return self.decoder(f) + self.decoder_bias
         bias = {"AutoEncoder": "bias", "AutoEncoderNew": ""}.get(self.kind, "b_dec")
         return self.decoder(f) + (getattr(self, bias) if bias else 0)
 

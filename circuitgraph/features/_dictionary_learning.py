@@ -1,7 +1,7 @@
 """Dictionaries of dictionary_learning: a folder with `ae.pt`, a state that is read without running any code in it, and `config.json`.
 
-Its gated and JumpReLU features are multiplied by the norm of their decoder's column, and divided by it again before decoding; that is
-worked into the weights here, so that features have the values that the package gives them.
+Features have the values that `encode` of the package's version 0.1.0 gives them. (Others of its versions multiply gated and JumpReLU
+features by the norm of their decoder's column, and divide by it again before decoding.)
 """
 
 from __future__ import annotations
@@ -76,33 +76,35 @@ def _made(kind: str, state: Mapping[str, ndarray], config: Mapping[str, Any], na
         return state[key]
 
     if kind == "JumpReluAutoEncoder":
-        norms = np.linalg.norm(of("W_dec"), axis=1)
         return Dictionary(
-            encoder=of("W_enc") * norms,
-            decoder=of("W_dec") / norms[:, None],
-            encoder_bias=of("b_enc") * norms,
+            encoder=of("W_enc"),
+            decoder=of("W_dec"),
+            encoder_bias=of("b_enc"),
             decoder_bias=of("b_dec"),
-            threshold=np.maximum(of("threshold"), 0) * norms,
+            threshold=np.maximum(of("threshold"), 0),
             activation="jumprelu",
             reads=reads,
             name=name,
         )
-    encoder, decoder = of("encoder.weight").T, of("decoder.weight").T
+    if kind == "MatryoshkaBatchTopKSAE":
+        encoder, decoder, encoder_bias = of("W_enc"), of("W_dec"), of("b_enc")
+    else:
+        encoder, decoder = of("encoder.weight").T, of("decoder.weight").T
+        encoder_bias = of("gate_bias" if kind == "GatedAutoEncoder" else "encoder.bias")
     if kind == "GatedAutoEncoder":
-        norms = np.linalg.norm(decoder, axis=1)
         return Dictionary(
             encoder=encoder,
-            decoder=decoder / norms[:, None],
-            encoder_bias=of("gate_bias"),
+            decoder=decoder,
+            encoder_bias=encoder_bias,
             decoder_bias=of("decoder_bias"),
-            magnitude_scale=np.exp(of("r_mag")) * norms,
-            magnitude_bias=of("mag_bias") * norms,
+            magnitude_scale=np.exp(of("r_mag")),
+            magnitude_bias=of("mag_bias"),
             activation="gated",
             is_centred=True,
             reads=reads,
             name=name,
         )
-    plain = Dictionary(encoder, decoder, of("encoder.bias"), of(_bias_of(kind)), reads, is_centred=kind != "AutoEncoderNew", name=name)
+    plain = Dictionary(encoder, decoder, encoder_bias, of(_bias_of(kind)), reads, is_centred=kind != "AutoEncoderNew", name=name)
     if kind == "AutoEncoderTopK":
         return replace(plain, activation="topk", k=int(state["k"]) if "k" in state else int(config["k"]))
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
