@@ -53,11 +53,11 @@ PARTS = {
         ),
         prompts=32,
     ),
-    # Left out as too long on two cores: the exact patching of 70,651 edges, and EAP-IG depth by depth (305 gradients a task).
+    # Left out as too long on two cores: the exact patching of 70,651 edges.
     "smollm2": Part(
         (("smollm2-135m", ("ioi", "greater-than-digits", "induction", "subject-verb-agreement")),),
         (
-            *(name for name in GRADIENTS if name != "eap-ig:path=activations"),
+            *GRADIENTS,
             "attribution-patching:corrections=qk-fix",
             "attribution-patching:corrections=grad-drop",
             "path-patching",

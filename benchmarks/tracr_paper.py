@@ -1,0 +1,142 @@
+"""The ACDC paper's table of Tracr models, counted as its code counts: for `benchmarks.tracr`.
+
+Conmy et al. 2023 (arXiv:2304.14997) ask how well ACDC, subnetwork probing and HISP find the edges and nodes of two lists. Their graph has
+besides ours an edge from each `q`, `k` and `v` to its head. Their area under a curve is pessimistic: between two points that a method
+reaches it counts the lower true positive rate, so a method that jumps from few edges to all of them gets nothing for the jump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from circuitgraph._names import Writer
+from circuitgraph.algorithms import ACDC, SubnetworkProbing
+from circuitgraph.testing import CompiledModel
+from circuitgraph.testing._outputs import Ablation
+
+SWEEP = np.geomspace(1e-20, 1e2, 67)  # thresholds; below 1e-12 for what only leaves traces behind a softmax
+PENALTIES = np.geomspace(1e-3, 3, 6)
+LENGTH = 3
+LISTS = {
+    "reverse": "tok->a0.h0<v> tok->m0 a0.h0->m0 tok->m1 pos->m1 m0->m1 m1->m2 m2->a3.h0<q> pos->a3.h0<k> tok->a3.h0<v> a3.h0->logits",
+    "frac_prevs": "tok->m0 tok->a1.h0<q> pos->a1.h0<q> tok->a1.h0<k> pos->a1.h0<k> m0->a1.h0<v> a1.h0->logits",
+}
+"""For zero ablation, from the paper's code, where `frac_prevs` is called proportion."""
+METHODS = ("ACDC", "subnetwork probing", "HISP")
+PUBLISHED: dict[tuple[str, Ablation], tuple[tuple[float, float], ...]] = {
+    ("frac_prevs", "zero"): ((1.000, 1.000), (0.561, 0.875), (0.679, 0.909)),
+    ("frac_prevs", "corrupted"): ((0.600, 0.727), (0.400, 0.716), (0.679, 0.909)),
+    ("reverse", "zero"): ((1.000, 1.000), (0.692, 0.947), (0.656, 0.750)),
+    ("reverse", "corrupted"): ((0.200, 0.312), (0.416, 0.533), (0.656, 0.750)),
+}
+"""Of edges and of nodes, by method: `experiments/results/auc_tables.tex` of ArthurConmy/Automatic-Circuit-Discovery at 6894cd8."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Edges and nodes of the paper's graph. An edge into an MLP or a head's input has our name, the one on to the head ends in `->`."""
+
+    edges: frozenset[str]
+    nodes: frozenset[str]
+
+    @classmethod
+    def by_edges(cls, names: Iterable[str]) -> Found:
+        """Some of our edges, with the edges on to the heads that they feed, and the nodes on them."""
+        edges, nodes = set(names), set[str]()
+        for writer, reader in (name.split("->") for name in [*edges]):
+            nodes |= {writer, reader}
+            if "<" in reader:
+                edges.add(f"{reader}->")
+                nodes |= {f"{reader}->", reader.partition("<")[0]}
+        return cls(frozenset(edges), frozenset(nodes))
+
+    def without(self, masked: Iterable[str]) -> Found:
+        """What is left where these inputs of heads and MLPs are masked. As in the paper's code, an MLP is masked where it writes."""
+        gone = {node for name in masked for node in ((name, f"{name}->") if "<" in name else (name,))}
+        heads = {node for node in self.nodes if {f"{node}<{role}>" for role in "qkv"} <= gone}
+        edges = {edge for edge in self.edges if not _touches(edge, gone, heads)}
+        return Found(frozenset(edges), self.nodes - gone - heads)
+
+
+def _touches(edge: str, gone: set[str], heads: set[str]) -> bool:
+    writer, _, reader = edge.partition("->")
+    return writer in gone | heads or ("<" in reader and reader in gone)
+
+
+def published(compiled: CompiledModel, ablation: Ablation) -> dict[str, Any]:
+    """Areas under the curves of edges and of nodes, by method, beside the published ones."""
+    return {
+        "program": compiled.name,
+        "ablation": ablation,
+        "areas": {method: areas(method, compiled, ablation) for method in METHODS},
+        "published": dict(zip(METHODS, PUBLISHED[compiled.name, ablation], strict=True)),
+    }
+
+
+def areas(method: str, compiled: CompiledModel, ablation: Ablation) -> tuple[float, float]:
+    """Under the curves of edges and of nodes, through all circuits that the method gives."""
+    everything = Found.by_edges(edge.name for edge in compiled.graph.edges)
+    listed = Found.by_edges(LISTS[compiled.name].split())
+    found = [*_CIRCUITS[method](compiled, ablation, everything)]
+    edges, nodes = (
+        pessimistic_area(_rates(getattr(one, kind), getattr(everything, kind), getattr(listed, kind)) for one in found)
+        for kind in ("edges", "nodes")
+    )
+    return edges, nodes
+
+
+def pessimistic_area(points: Iterable[Point]) -> float:
+    """Under the lower steps through points of false and true positive rate, and (0, 0) and (1, 1).
+
+    >>> pessimistic_area([(0.0, 0.2)])
+    0.2
+    >>> pessimistic_area([(0.0, 0.2), (0.5, 1.0)])
+    0.6
+    """
+    false, true = np.array(sorted({(0.0, 0.0), (1.0, 1.0), *points})).T
+    return float(np.diff(false) @ np.maximum.accumulate(true)[:-1])
+
+
+def _rates(found: frozenset[str], everything: frozenset[str], listed: frozenset[str]) -> Point:
+    return len(found - listed) / len(everything - listed), len(found & listed) / len(listed)
+
+
+def _acdc(compiled: CompiledModel, ablation: Ablation, everything: Found) -> Iterator[Found]:
+    """One circuit a threshold, of structural edges: no other changes anything."""
+    engine = compiled.engine(ablation, LENGTH, compiled.structural_graph)
+    for threshold in SWEEP:
+        yield Found.by_edges(edge.name for edge in engine.graph.edges_of(ACDC(threshold).run(engine).mask))
+
+
+def _probing(compiled: CompiledModel, ablation: Ablation, everything: Found) -> Iterator[Found]:
+    """One circuit a penalty: what is left without the nodes that are rather gone than there. Here a head is masked as a whole."""
+    engine = compiled.engine(ablation, LENGTH, compiled.structural_graph)
+    for penalty in PENALTIES:
+        nodes = SubnetworkProbing(penalty=penalty).run(engine).record["nodes"]
+        gone = (one for one in compiled.graph.writers if one.kind != "input" and nodes[one.name] < 0.5)
+        yield everything.without(name for writer in gone for name in _inputs(writer))
+
+
+def _ties(compiled: CompiledModel, ablation: Ablation, everything: Found) -> Iterator[Found]:
+    """HISP as it was run for the paper. It scores a node by the slope of the outputs' distance from the model's own, at the model itself:
+    0 for every node. So the nodes were masked in the order in which they were listed, first layer first."""
+    masked: list[str] = []
+    for name in (name for writer in compiled.graph.writers if writer.kind != "input" for name in _inputs(writer)):
+        masked.append(name)
+        yield everything.without(masked)
+
+
+def _inputs(writer: Writer) -> list[str]:
+    """What is masked of it."""
+    return [f"{writer.name}<{role}>" for role in "qkv"] if writer.kind == "head" else [writer.name]
+
+
+_CIRCUITS: dict[str, Callable[[CompiledModel, Ablation, Found], Iterator[Found]]] = dict(
+    zip(METHODS, (_acdc, _probing, _ties), strict=True)
+)
