@@ -18,7 +18,7 @@ from circuitgraph.algorithms import ACDC, SubnetworkProbing
 from circuitgraph.testing import CompiledModel
 from circuitgraph.testing._outputs import Ablation
 
-SWEEP = np.geomspace(1e-20, 1e2, 67)  # thresholds; below 1e-12 for what only leaves traces behind a softmax
+SWEEP = np.geomspace(1e-20, 1e2, 67)  # thresholds; below 1e-17 for what only leaves traces behind a softmax
 PENALTIES = np.geomspace(1e-3, 3, 6)
 LENGTH = 3
 LISTS = {

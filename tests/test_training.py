@@ -175,6 +175,24 @@ def test_transcoder(activation: Any, tmp_path: Path) -> None:
     assert same(read, made.dictionary)
 
 
+@pytest.mark.parametrize("reads", ["mlp_out", "mlp_in"])
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_saelens_reads_what_was_trained(activation: Any, reads: Any, tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    import circuitgraph_torch.saelens  # noqa: F401  # what SAELens itself has not: TopK transcoders
+
+    made = trained(replace(SMALL, activation=activation, steps=20), reads=reads, folder=tmp_path / "trained").dictionary
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path / "trained"), device="cpu")
+    x = np.random.default_rng(0).normal(size=(3, 7, made.d_in))
+    with torch.no_grad():
+        f = theirs.encode(torch.from_numpy(x).float())
+        said = theirs.decode(f)
+    np.testing.assert_allclose(f.numpy(), made.encode(x), atol=1e-5)
+    np.testing.assert_allclose(said.numpy(), made.decode(x, made.encode(x)), atol=1e-5)
+    theirs.save_model(str(tmp_path / "theirs"))
+    assert same(load_dictionary(tmp_path / "theirs"), made)
+
+
 @pytest.mark.parametrize(("component", "reads"), [("a1", None), ("a1", "attn_z"), ("r1", None)])
 def test_other_places(component: str, reads: Any) -> None:
     made = trained(replace(SMALL, steps=20), component, reads=reads)

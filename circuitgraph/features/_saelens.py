@@ -37,7 +37,7 @@ _HOOKS: tuple[tuple[str, Reads, int], ...] = (  # the end of a hook's name, what
     ("hook_mlp_in", "mlp_stream", 0),
     ("hook_resid_mid", "mlp_stream", 0),
 )
-_OURS = "topk_transcoder"  # SAELens has none; written in the same form, for us to read
+_OURS = "topk_transcoder"  # `circuitgraph_torch.saelens` adds it to what SAELens knows
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", _OURS)
 _KNOWN = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", *_TRANSCODERS)
 
@@ -167,9 +167,8 @@ class _Weights:
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
     """Write a dictionary as SAELens does, in float32, for us or for SAELens to read.
 
-    SAELens has no TopK transcoders; one is written as "topk_transcoder", which only `load_dictionary` reads (`thresholded` makes a
-    JumpReLU one of it). Raises `FileError` where it
-    cannot be written, `CircuitGraphError` for anything else that SAELens has no form for.
+    SAELens has no TopK transcoders of its own; it reads them after `import circuitgraph_torch.saelens`. Raises `FileError` where it
+    cannot be written, `CircuitGraphError` for what SAELens has no form for.
     """
     import safetensors.numpy
 
