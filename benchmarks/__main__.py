@@ -37,6 +37,7 @@ SCRIPTS = {
     "startup": ["startup"],
     "testing": ["testing"],
     "compiled": ["compiled"],
+    "few-rows": ["few_rows"],
 }
 PEER = "peer"  # runs only where its environment is given
 

@@ -24,6 +24,7 @@ from circuitgraph_torch._collect import Collector, EdgeScores, SourceGrads, Span
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._kept import KeptRun
+from circuitgraph_torch._modes import Modes
 from circuitgraph_torch._recomputed import Recomputed
 from circuitgraph_torch._spare import Spare
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from circuitgraph._architecture import Architecture
+
+_IN_CACHE = 1 << 20
+"""So many logits a metric gets at once on a CPU: it goes over them several times, and they should still be in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,10 @@ class Parts:
     largest: int | None = None
     spare: Spare = field(default_factory=Spare)
     _calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
+
+    @cached_property
+    def modes(self) -> Modes:
+        return Modes(self.model)
 
     def calls(self, length: int) -> list[AttentionCall]:
         """The arguments of every layer's attention on prompts of this length (a stand-in where a layer has none); seen once."""
@@ -328,8 +336,9 @@ class Batch:
         """The metric, `[lanes, prompts]`, from the logits' inputs at the last position, `[lanes, prompts, d_model]`."""
         tokens, target = self._target
         logits = self._parts.joints.logits(x, tokens, is_frozen=is_frozen)
-        values: Tensor = self._metric(logits if logits.element_size() >= 4 else logits.float(), target)
-        return values
+        logits = logits if logits.element_size() >= 4 else logits.float()
+        at_once = len(logits) if logits.is_cuda else max(1, _IN_CACHE // logits[0].numel())
+        return torch.cat([self._metric(some, target) for some in logits.split(at_once)])
 
     @cached_property
     def _target(self) -> tuple[Tensor | None, Target]:

@@ -29,7 +29,7 @@ from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import SourceRun
-from circuitgraph_torch._modes import undisturbed, wide_products
+from circuitgraph_torch._modes import wide_products
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -110,7 +110,7 @@ class TorchEngine:
         checked = None if mask is None else self._masks(mask)
         values: list[Tensor] = []
         places: dict[int, tuple[int, int]] = {}
-        with undisturbed(self._parts.model):
+        with self._parts.modes.undisturbed():
             for number, batch in enumerate(self.batches):
                 values.append(batch.values(checked, self._source_run(number, source)))
                 places |= {int(prompt): (number, row) for row, prompt in enumerate(batch.index)}
@@ -120,7 +120,7 @@ class TorchEngine:
     @with_room
     def source_values(self) -> TorchWriterValues:
         live, said = self.activations(), []
-        with undisturbed(self._parts.model):
+        with self._parts.modes.undisturbed():
             for number, values in enumerate(live.batches):
                 said.append(self._source_run(number, None).values.expand_as(values))
                 self._done(number)
@@ -132,7 +132,7 @@ class TorchEngine:
     ) -> Float[ndarray, "lanes prompts"]:
         checked = self._masks(masks, 1)
         out = np.empty((len(checked), self.n_prompts))
-        with undisturbed(self._parts.model):
+        with self._parts.modes.undisturbed():
             for number, batch in enumerate(self.batches):
                 out[:, batch.index] = batch.evaluate(checked, self._source_run(number, source))
                 self._done(number)
@@ -152,7 +152,7 @@ class TorchEngine:
         self._parts.budget.check_answer("scores by prompt, reader and writer", self.n_prompts, *checked.shape)
         mixes = [float(one) for one in np.ravel(mix)]
         out = np.empty((self.n_prompts, *checked.shape))
-        with undisturbed(self._parts.model), wide_products(self._parts.model):
+        with self._parts.modes.undisturbed(), wide_products(self._parts.model):
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
                 self._done(number)
@@ -165,7 +165,7 @@ class TorchEngine:
         checked = self._masks(mask)
         check_differentiable(self._metric)
         out = np.empty((self.n_prompts, len(self.graph.writers), self._parts.architecture.d_model))
-        with undisturbed(self._parts.model), wide_products(self._parts.model):
+        with self._parts.modes.undisturbed(), wide_products(self._parts.model):
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)
@@ -179,7 +179,7 @@ class TorchEngine:
         """All logits under a mask, `[prompts, position, vocabulary]`, batch by batch."""
         checked = self._masks(mask)
         for number, batch in enumerate(self.batches):
-            with undisturbed(self._parts.model):
+            with self._parts.modes.undisturbed():
                 yield batch, batch.logits(checked, self._source_run(number, None))
 
     def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:

@@ -17,6 +17,7 @@ from circuitgraph._errors import CircuitGraphError, TraceError
 from circuitgraph._refinement import Refinement
 from circuitgraph_torch._affine import affine
 from circuitgraph_torch._calls import AttentionCall
+from circuitgraph_torch._few_rows import linear_of_few
 from circuitgraph_torch._mlp import MLPJoint
 from circuitgraph_torch._norms import NormJoint, norms_in
 from circuitgraph_torch._splits import AttentionSplit, CrossLayerSplit, MLPSplit, NeuronSplit, OutputSplit, Split, Splits
@@ -161,8 +162,10 @@ class LogitsJoint:
         `is_frozen`: the scale of the final norm is a constant going back.
         """
         y = x if self._norm is None else self._norm(x, is_frozen=is_frozen)
-        if tokens is None or not isinstance(self._module, nn.Linear):
+        if not isinstance(self._module, nn.Linear):
             y = self._module(y) if tokens is None else self._module(y)[..., tokens]
+        elif tokens is None:
+            y = linear_of_few(self._module, y)
         else:
             bias = self._module.bias
             y = functional.linear(y, self._module.weight[tokens], None if bias is None else bias[tokens])

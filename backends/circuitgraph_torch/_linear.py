@@ -25,7 +25,6 @@ from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._mlp import MLPJoint
-from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._splits import CrossLayerSplit, MLPSplit, Split, Splits, transcoded
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class TorchLinearRun:
         self._prompt.check_targets(targets)
         n_writers, length = self._values.shape[:2]
         out = np.zeros((len(targets), n_writers, length))
-        with undisturbed(self._parts.model):
+        with self._parts.modes.undisturbed():
             for at in range(0, len(targets), _AT_ONCE):
                 chunk = targets[at : at + _AT_ONCE]
                 out[at : at + len(chunk)] = _Downwards(self, chunk).scores()
@@ -76,7 +75,7 @@ class TorchLinearRun:
 
     @cached_property
     def _live(self) -> LiveRun:
-        with undisturbed(self._parts.model):
+        with self._parts.modes.undisturbed():
             return self._batch.live
 
     @property

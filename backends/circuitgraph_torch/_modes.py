@@ -11,24 +11,35 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, for parameters not even where others are asked for: autograd would keep what theirs need.
-    Each module's training mode and each parameter's gradient are given back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
+class Modes:
+    """The modules and parameters of a model, found once: there are hundreds, and each has a mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules, self._parameters = [*model.modules()], [*model.parameters()]
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Evaluation mode and no gradients, for parameters not even where others are asked for: autograd would keep what theirs need.
+        Each module's training mode and each parameter's gradient are given back afterwards."""
+        training = [module for module in self._modules if module.training]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        try:
+            for module in training:
+                module.training = False
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def undisturbed(model: nn.Module) -> AbstractContextManager[None]:
+    """`Modes.undisturbed` of the model as it is now."""
+    return Modes(model).undisturbed()
 
 
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:
