@@ -48,6 +48,14 @@ class Plan:
     move: Part | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Masks, and in which rows each differs from the kept run's."""
+
+    masks: Float[ndarray, "lanes readers writers"]
+    differs: Bool[ndarray, "lanes readers"]
+
+
 class Incremental:
     """The mask of the kept run, and where what was said in it is known."""
 
@@ -63,7 +71,7 @@ class Incremental:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.mask = self._visible.astype(np.float32)
+        self.mask, self._kept = self._visible.astype(np.float32), self._visible
         n_readers, n_writers = self._visible.shape
         self._known = Extent(np.full(n_readers, ALL, dtype=np.int8), np.full(n_writers, ALL, dtype=np.int8))
         self._n_moves, self._first_moved = 0, len(self._sites.layers)
@@ -83,23 +91,25 @@ class Incremental:
         """From the kept run as it is; None where it does not know enough."""
         differs = ((masks != self.mask) & self._visible).any(axis=2)
         settled = self._settled(masks, previous, differs)
-        parts = [self._part(masks, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
+        stack = _Stack(masks, differs)
+        parts = [self._part(stack, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
         work = sum(self._work(part.changed) * len(part.lanes) for part in parts)
         if _OVERHEAD * work > self._fresh_work(parts, differs):
             return Plan(anew=anew)
         move, mask, known = None, self.mask, self._known
         if settled.any():
             mask = np.where(settled[:, None], masks[0], self.mask)
-            move = self._part(mask[None], np.zeros(1, dtype=np.int64), settled)
+            move = self._part(_Stack(mask[None], settled[None]), np.zeros(1, dtype=np.int64), settled)
             known = move.needed
             if not self._known.covers(known):
                 return None
         if not all(known.covers(part.needed) for part in parts):
             return None
         if move is not None:
-            self.mask, self._known, self._n_moves = mask, known, self._n_moves + 1
+            self.mask, self._kept = mask, (mask != 0) & self._visible
+            self._known, self._n_moves = known, self._n_moves + 1
             self._first_moved = min(self._first_moved, int(self._sites.layer_of_row[move.readers[0]]))
-        return Plan(tuple(self._together(masks, parts)), anew, move)
+        return Plan(tuple(self._together(stack, parts)), anew, move)
 
     def _settled(
         self,
@@ -116,15 +126,14 @@ class Incremental:
         settled[rows] = ((others[:, rows] == masks[0, rows]) | ~self._visible[rows]).all(axis=(0, 2))
         return settled
 
-    def _part(
-        self, masks: Float[ndarray, "lanes readers writers"], lanes: Int[ndarray, " some"], readers: Bool[ndarray, " readers"]
-    ) -> Part:
-        chosen = masks[lanes]
-        kept = (chosen != 0).any(axis=0) & self._visible
+    def _part(self, stack: _Stack, lanes: Int[ndarray, " some"], readers: Bool[ndarray, " readers"]) -> Part:
+        """What recomputing these readers takes, in lanes that keep what any of them keeps."""
+        kept, rows = self._kept.copy(), np.flatnonzero(stack.differs[lanes].any(axis=0))
+        kept[rows] = (stack.masks[np.ix_(lanes, rows)] != 0).any(axis=0) & self._visible[rows]
         needed = self._liveness.needed(kept)
         return Part(lanes, np.flatnonzero(readers), needed, self._liveness.changed(kept, readers, needed))
 
-    def _together(self, masks: Float[ndarray, "lanes readers writers"], parts: Sequence[Part]) -> list[Part]:
+    def _together(self, stack: _Stack, parts: Sequence[Part]) -> list[Part]:
         """Neighbouring parts as one where they recompute nearly the same, so that they share a run."""
         joined: list[Part] = []
         for part in sorted(parts, key=lambda part: part.readers.tolist()):
@@ -133,7 +142,7 @@ class Incremental:
                 apart = sum(self._work(one.changed) * len(one.lanes) for one in (joined[-1], part))
                 if self._work(joined[-1].changed.union(part.changed)) * len(lanes) <= _TOGETHER * apart:
                     readers = np.isin(np.arange(len(self._visible)), [*joined[-1].readers, *part.readers])
-                    joined[-1] = self._part(masks, lanes, readers)
+                    joined[-1] = self._part(stack, lanes, readers)
                     continue
             joined.append(part)
         return joined
