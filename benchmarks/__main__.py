@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.subjects import ROOT
-from benchmarks.tables import Report
+from benchmarks.tables import Report, between
 from circuitgraph.files._atomic import write_bytes
 
 NUMBERS = ROOT / "benchmarks" / "results"
@@ -104,11 +104,7 @@ def tables(reports: Sequence[Report]) -> str:
 
 def with_tables(page: str, reports: Sequence[Report]) -> str:
     """The page with everything between its two marks replaced. Raises `ValueError` where it has no marks."""
-    before, _, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the page has no {START} ... {END}")
-    return f"{before}{START}\n\n{tables(reports)}\n{END}{after}"
+    return between(page, START, END, tables(reports))
 
 
 if __name__ == "__main__":

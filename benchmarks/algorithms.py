@@ -13,6 +13,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.tables import between
 from circuitgraph import Benchmark, benchmark
 from circuitgraph._benchmark import BASELINES, known_results
 from circuitgraph._choosing import named
@@ -109,13 +110,9 @@ def with_tables(page: str, tables: dict[str, Benchmark]) -> str:
     """The page with everything between a part's marks replaced, and how much of it is missing said. Raises `ValueError` without marks."""
     for name, found in tables.items():
         start, end = f"<!-- {name}: written by `python -m benchmarks.algorithms` -->", f"<!-- end of {name} -->"
-        before, mark, rest = page.partition(start)
-        _, closing, after = rest.partition(end)
-        if not mark or not closing:
-            raise ValueError(f"the page has no {start} ... {end}")
         missing = len(PARTS[name].rows) - len(found.results)
         note = f"\n{missing} of {len(PARTS[name].rows)} cells are not measured yet.\n" if missing else ""
-        page = f"{before}{start}\n\n{found.to_markdown()}{note}\n{end}{after}"
+        page = between(page, start, end, found.to_markdown() + note)
     return page
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import Table
+from benchmarks.tables import Table, between
 from circuitgraph import (
     ACDC,
     EAP,
@@ -207,11 +207,7 @@ def _cell(scores: Sequence[Score]) -> str:
 
 def with_table(page: str, table: Table) -> str:
     """The page with everything between its two marks replaced. Raises `ValueError` where it has no marks."""
-    before, _, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the page has no {START} ... {END}")
-    return f"{before}{START}\n\n{table.markdown()}\n{END}{after}"
+    return between(page, START, END, table.markdown())
 
 
 if __name__ == "__main__":

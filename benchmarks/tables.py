@@ -81,3 +81,16 @@ def publish(table: Table, numbers: Sequence[dict[str, Any]], *, command: str, wa
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def between(page: str, start: str, end: str, text: str) -> str:
+    """A page with everything between two marks replaced. Raises `ValueError` where it has not both.
+
+    >>> between("a <> b </> c", "<>", "</>", "new")
+    'a <>\\n\\nnew\\n</> c'
+    """
+    before, opening, rest = page.partition(start)
+    _, closing, after = rest.partition(end)
+    if not opening or not closing:
+        raise ValueError(f"the page has no {start} ... {end}")
+    return f"{before}{start}\n\n{text}\n{end}{after}"
