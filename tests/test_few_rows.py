@@ -36,3 +36,15 @@ def test_other_numbers_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(linear_of_few(module, x), module(x))
     monkeypatch.setattr(_few_rows, "_MOST_ROWS", 3)
     assert torch.equal(linear_of_few(layer(9000, bias=True), x.float()), layer(9000, bias=True)(x.float()))
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_a_subclass_speaks_for_itself() -> None:
+    torch.manual_seed(0)
+    module, x = Doubled(16, 9000), torch.randn(4, 16)
+    assert torch.equal(linear_of_few(module, x), module(x))

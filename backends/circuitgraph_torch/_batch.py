@@ -337,7 +337,7 @@ class Batch:
         tokens, target = self._target
         logits = self._parts.joints.logits(x, tokens, is_frozen=is_frozen)
         logits = logits if logits.element_size() >= 4 else logits.float()
-        at_once = len(logits) if logits.is_cuda else max(1, _IN_CACHE // logits[0].numel())
+        at_once = max(1, _IN_CACHE // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
         return torch.cat([self._metric(some, target) for some in logits.split(at_once)])
 
     @cached_property
