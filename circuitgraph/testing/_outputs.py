@@ -73,8 +73,8 @@ class OutputEngine:
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
         """How far the outputs under each mask are from the model's own, by the metric."""
-        values = self._source if source is None else np.stack([source[i] for i in range(self.n_prompts)])
-        return np.stack([self.metric(self._outputs(self._said, mask, values), self._plain) for mask in np.asarray(masks, dtype=float)])
+        values = self.source if source is None else np.stack([source[i] for i in range(self.n_prompts)])
+        return np.stack([self.metric(self._outputs(self.said, mask, values), self.plain) for mask in np.asarray(masks, dtype=float)])
 
     def gradient(
         self,
@@ -104,18 +104,21 @@ class OutputEngine:
 
     def change(self, mask: Float[ndarray, "readers writers"]) -> float:
         """The largest change of any output, at any position of any prompt."""
-        return float(np.abs(self._outputs(self._said, np.asarray(mask, dtype=float), self._source) - self._plain).max())
+        return float(np.abs(self._outputs(self.said, np.asarray(mask, dtype=float), self.source) - self.plain).max())
 
     @cached_property
-    def _said(self) -> Values:
+    def said(self) -> Values:
+        """What the inputs say: the embeddings."""
         return self.model.inputs(self.clean)
 
     @cached_property
-    def _plain(self) -> Outputs:
+    def plain(self) -> Outputs:
+        """The model's own outputs."""
         return self.model.forward(self.clean)[:, 1:]
 
     @cached_property
-    def _source(self) -> Values:
+    def source(self) -> Values:
+        """What every writer says where it is patched."""
         said, ones = self.model.inputs(self.corrupted), np.ones(self.graph.shape)
         nothing = np.zeros((len(said), len(self.graph.writers), *said.shape[2:]))
         return nothing if self.ablation == "zero" else masked_run(self.model, self.graph, said, ones[None], nothing).values
