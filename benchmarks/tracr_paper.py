@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Tokens = Int[ndarray, "prompts position"]
 
 SWEEP = np.geomspace(1e-9, 1e1, 41)  # thresholds: from the paper's least to where no edge is left
+N_SAMPLES = 200
 N_PROMPTS, N_TOKENS = 50, 4  # of `frac_prevs`
 LISTS = {
     "reverse": "tok->a0.h0<v> tok->m0 a0.h0->m0 tok->m1 pos->m1 m0->m1 m1->m2 m2->a3.h0<q> pos->a3.h0<k> tok->a3.h0<v> a3.h0->logits",
@@ -79,17 +80,22 @@ def _touches(edge: str, gone: set[str], heads: set[str]) -> bool:
 def published(compiled: CompiledModel, ablation: Ablation, seed: int) -> dict[str, Any]:
     """Areas under the curves of edges and of nodes, by method, beside the published ones.
 
-    `seed`: of the prompts where they are drawn, and of the training. `without_masked_mlps`: subnetwork probing by what it masks, see
-    `_keeps_mlps`. `masked`: what that is, for each of its penalties.
+    `seed`: of the prompts where they are drawn, and of the training. Of subnetwork probing, `between`: the 5th and 95th percentile of both
+    areas over the samples that decide what is off after the training; `without_masked_mlps`: the areas by what it masks, see `_keeps_mlps`;
+    `masked`: what that is, for each of its penalties.
     """
     asked = engine(compiled, ablation, seed)
     everything, listed = Found.by_edges(edge.name for edge in compiled.graph.edges), Found.by_edges(LISTS[compiled.name].split())
-    masked = Probe(asked).masked(seed)
+    probe = Probe(asked)
+    log_alpha = probe.train(seed)
+    masked = probe.masked(log_alpha, seed)
+    others = [areas(_keeps_mlps(everything, probe.masked(log_alpha, seed + i)), everything, listed) for i in range(N_SAMPLES)]
     found = (_acdc(asked), _keeps_mlps(everything, masked), _ties(compiled, everything))
     return {
         "program": compiled.name,
         "ablation": ablation,
         "areas": {method: areas(circuits, everything, listed) for method, circuits in zip(METHODS, found, strict=True)},
+        "between": np.percentile(others, (5, 95), axis=0).tolist(),
         "without_masked_mlps": areas((everything.without(names) for names in masked), everything, listed),
         "masked": masked,
         "published": dict(zip(METHODS, PUBLISHED[compiled.name, ablation], strict=True)),

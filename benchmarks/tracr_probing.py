@@ -76,9 +76,8 @@ class Probe:
             log_alpha = log_alpha + adam.step(down)
         return log_alpha
 
-    def masked(self, seed: int, n_steps: int = N_STEPS) -> list[list[str]]:
-        """For each of `PENALTIES` what is off after training. As in their code, one more sample decides: off is a mask below 1/2."""
-        log_alpha = self.train(seed, n_steps)
+    def masked(self, log_alpha: Float[ndarray, "penalties masks"], seed: int) -> list[list[str]]:
+        """For each of `PENALTIES` what is off. As in their code one sample after the training decides: off is a mask below 1/2."""
         z, _ = hc.sample(log_alpha, _uniform(np.random.default_rng([seed, 1]), log_alpha.shape))
         return [[name for name, one in zip(self.names, of_penalty, strict=True) if one < 0.5] for of_penalty in z]
 

@@ -90,6 +90,23 @@ def probe(name: str, ablation: Ablation) -> Probe:
     return Probe(tracr_paper.engine(compiled_model(name), ablation, 0))
 
 
+def test_an_edge_is_masked_by_its_reader_and_by_the_mlp_that_writes() -> None:
+    probing = Probe(compiled_model("frac_prevs").engine("zero", 3))
+    z = {name: 0.1 * i for i, name in enumerate(probing.names, start=1)}
+    edges, graph = np.asarray(probing.edges(np.array([*z.values()]))), probing.engine.graph
+    expected = {
+        "tok->a0.h0<k>": z["a0.h0<k>"],
+        "pos->a1.h0<q>": z["a1.h0<q>"],
+        "m0->a1.h0<v>": z["m0"] * z["a1.h0<v>"],
+        "a0.h0->a1.h0<v>": z["a1.h0<v>"],
+        "m0->m1": z["m0"],
+        "m1->logits": z["m1"],
+        "tok->m0": 1,
+        "a1.h0->logits": 1,
+    }
+    assert [float(edges[graph.edge_id(edge)]) for edge in expected] == pytest.approx([*expected.values()])
+
+
 @pytest.mark.parametrize(("name", "ablation"), PUBLISHED)
 def test_probing_is_the_model_at_one_and_the_source_at_zero(name: str, ablation: Ablation) -> None:
     probing = probe(name, ablation)
@@ -128,7 +145,14 @@ def test_probing_lowers_masks_of_what_does_nothing_at_every_penalty() -> None:
     does_nothing = [name[:2] in {"a0", "m1"} for name in probing.names]
     assert sum(does_nothing) == 4
     assert INITIAL - log_alpha[:, does_nothing] == pytest.approx(np.full((len(PENALTIES), 4), n_steps * LEARNING_RATE), rel=1e-2)
-    assert probing.masked(0, n_steps) == probing.masked(0, n_steps)
+    assert (probing.train(0, n_steps) == log_alpha).all()
+
+
+def test_a_last_sample_decides_what_probing_masks() -> None:
+    probing = probe("frac_prevs", "zero")
+    log_alpha = np.array([[20.0] * 7 + [-20.0]] * len(PENALTIES))
+    assert probing.masked(log_alpha, 0) == [["m1"]] * len(PENALTIES)
+    assert probing.masked(0 * log_alpha, 0) != probing.masked(0 * log_alpha, 1)
 
 
 def test_our_hisp_refuses_scores_that_are_all_zero() -> None:
