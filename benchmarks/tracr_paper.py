@@ -164,8 +164,9 @@ def _keeps_mlps(everything: Found, masked: Iterable[Iterable[str]]) -> Iterator[
     """What subnetwork probing leaves, as it was counted for the table: an MLP that is masked stays, with all its edges.
 
     So say the counts in `experiments/results/plots_data`, from which the published areas follow: 19 and 23 edges in `frac_prevs` (at
-    2d538e3), 37, 44 and 51 in `reverse` (at 26ef898), each time with every MLP. The likely cause is a name: the mask of an MLP was listed
-    as `hook_resid_mid`, where the graph that is counted has `hook_mlp_in`. At 15503ac the same runs are counted otherwise.
+    2d538e3), 37, 44 and 51 in `reverse` (at 26ef898). No set of masks with an MLP among them leaves as many, listed and others. The likely
+    cause is a name: an MLP's mask was listed as `hook_resid_mid`, where the graph that is counted has `hook_mlp_in`. At 15503ac the same
+    runs are counted otherwise.
     """
     for names in masked:
         yield everything.without(name for name in names if "<" in name)

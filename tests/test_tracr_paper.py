@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import get_args
 
 import jax
@@ -75,6 +76,17 @@ def test_the_published_areas_of_probing_keep_every_mlp(name: str, ablation: Abla
     assert [(len(one.edges), len(one.nodes)) for one in found] == [*KEPT[name, ablation]]
     expected = PUBLISHED[name, ablation][METHODS.index("subnetwork probing")]
     assert tracr_paper.areas(found, everything, listed) == pytest.approx(expected, abs=6e-4)
+
+
+def test_no_masked_mlp_fits_the_published_counts() -> None:
+    """Of all sets of masks in `frac_prevs`."""
+    everything, listed = whole("frac_prevs"), Found.by_edges(LISTS["frac_prevs"].split())
+    names = Probe(compiled_model("frac_prevs").engine("zero", 3)).names
+    for masked in (frozenset(some) for n in range(len(names) + 1) for some in itertools.combinations(names, n)):
+        left = everything.without(masked)
+        counts = [len(left.edges), len(left.edges & listed.edges), len(left.nodes), len(left.nodes & listed.nodes)]
+        if counts in ([23, 10, 12, 11], [19, 7, 10, 9]):
+            assert not masked & {"m0", "m1"}
 
 
 def test_misread_letters_put_bos_anywhere() -> None:
