@@ -196,13 +196,18 @@ class _Lanes:
         if not self._is_given[reader]:
             return self._kept.heard[reader][:, where].expand(len(self._masks), *(-1,) * 3)
         rows = self._masks[:, reader, : site.n_visible]
-        if np.count_nonzero(rows.any(axis=0)) <= _FEW:
-            x, further = self._kept.sourced[reader], self._kept.mixed(rows, where)
-            x = x.expand(self._kept.said.shape[1:])[:, where]
-            return x.expand(len(rows), *(-1,) * 3) if further is None else x + further
-        x = self._kept.aside(reader, rows[0], where)
-        further = self._kept.mixed(rows - rows[0], where)
-        return x.expand(len(rows), *(-1,) * 3) if further is None else x + further
+        hears_little = np.count_nonzero(rows, axis=1) <= _FEW
+        source = self._kept.sourced[reader].expand(self._kept.said.shape[1:])[:, where]
+        if hears_little.all():
+            x, further = source, self._kept.mixed(rows, where)
+        else:
+            near = rows[~hears_little][0]
+            x = self._kept.aside(reader, near, where)
+            if hears_little.any():
+                x = torch.stack([source if little else x for little in hears_little])
+            further = self._kept.mixed(np.where(hears_little[:, None], rows, rows - near), where)
+        x = x.expand(len(rows), *source.shape)
+        return x if further is None else x + further
 
     def _say(self, writers: Int[ndarray, " some"], level: int, written: Tensor) -> None:
         """What writers say now, `[some, lanes * prompts, position, d_model]`."""
