@@ -24,7 +24,6 @@ MOST_MOVES = 64
 """After so many the kept run is made anew: every move adds a rounding error to what its readers hear."""
 
 _MLP_WORK = 2.0  # of an MLP, where that of a layer's heads together is 1
-_OVERHEAD = 1.3  # what a node costs here, where it costs 1 in a run from the input
 _TOGETHER = 1.2  # how much more work two parts may be as one
 
 
@@ -57,11 +56,14 @@ class _Stack:
 
 
 class Incremental:
-    """The mask of the kept run, and where what was said in it is known."""
+    """The mask of the kept run, and where what was said in it is known.
 
-    def __init__(self, sites: Sites, length: int) -> None:
+    `cost`: what a node costs an engine here, where it costs 1 in a run from the input.
+    """
+
+    def __init__(self, sites: Sites, length: int, cost: float) -> None:
         graph = sites.graph
-        self._sites, self._visible = sites, graph.visible
+        self._sites, self._visible, self._cost = sites, graph.visible, cost
         self._liveness = Liveness(graph)
         heads = np.array([writer.kind == "head" for writer in graph.writers])
         n_heads = max((len(layer.attention_writers) for layer in sites.layers), default=1) or 1
@@ -94,7 +96,7 @@ class Incremental:
         stack = _Stack(masks, differs)
         parts = [self._part(stack, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
         work = sum(self._work(part.changed) * len(part.lanes) for part in parts)
-        if _OVERHEAD * work > self._fresh_work(parts, differs):
+        if self._cost * work > self._fresh_work(parts, differs):
             return Plan(anew=anew)
         move, mask, known = None, self.mask, self._known
         if settled.any():

@@ -159,9 +159,10 @@ def test_an_interrupted_move_leaves_nothing_wrong_behind(backend: str, monkeypat
     np.testing.assert_allclose(engine.evaluate(masks), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_what_hears_nothing_hears_exactly_nothing() -> None:
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_what_hears_nothing_hears_exactly_nothing(backend: str) -> None:
     """With source zero the logits' input is then 0, which a norm leaves at 0; a rest of 1e-7 it would blow up."""
-    engine = traced("gemma2").bind(PAIRS, "logit_diff", "zero")
+    engine = traced("gemma2", backend).bind(PAIRS, "logit_diff", "zero")
     graph = engine.graph
     now = graph.visible.astype(np.float32)
     for kept in (5, 1, 0):
@@ -171,6 +172,12 @@ def test_what_hears_nothing_hears_exactly_nothing() -> None:
         values = engine.evaluate(masks)
     assert values[1].tolist() == [0.0] * len(PAIRS)
     assert values[0].all()
+    masks = np.stack([now] * 3)
+    masks[0, -1, 1], masks[1, -1] = 0, 0  # beside lanes that hear much
+    masks[2, -1, 2] = 0
+    values = engine.evaluate(masks)
+    assert values[1].tolist() == [0.0] * len(PAIRS)
+    assert values[[0, 2]].all()
 
 
 def test_other_source_values_start_another_run() -> None:
@@ -268,7 +275,7 @@ def sites() -> Sites:
 
 
 def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -> None:
-    incremental, graph = Incremental(sites(), length=5), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
     ones = graph.visible.astype(np.float32)
     gone = ones.copy()
     gone[14, 3:] = 0
@@ -285,7 +292,7 @@ def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -
 
 
 def test_what_the_kept_run_no_longer_knows_makes_it_anew() -> None:
-    incremental, graph = Incremental(sites(), length=5), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
     ones = graph.visible.astype(np.float32)
     without_last_mlp = ones.copy()
     without_last_mlp[14, 6] = 0
@@ -298,7 +305,7 @@ def test_what_the_kept_run_no_longer_knows_makes_it_anew() -> None:
 
 
 def test_lanes_that_agree_on_nothing_move_nothing() -> None:
-    incremental, graph = Incremental(sites(), length=5), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
     masks = np.random.default_rng(0).uniform(size=(3, *graph.shape)).astype(np.float32)
     assert incremental.plan(masks).move is None
     assert np.array_equal(incremental.mask, graph.visible)

@@ -31,7 +31,7 @@ from circuitgraph.algorithms import ACDC, EAP
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._devices import precisely
-from circuitgraph_jax._resumed import Again, Kept
+from circuitgraph_jax._resumed import Own
 
 SHAPE = (12, 12)  # that of a proof's prompts, which are compiled for anyway
 
@@ -64,9 +64,8 @@ def pushed_forward(engine: Any, mask: np.ndarray, direction: np.ndarray) -> np.n
         differences = batch.live.values - source.values
 
         def values(mask: Any) -> Any:
-            where = (jnp.asarray(0, jnp.int32), Kept(batch.live.streams, differences, batch.live.active), source.whole)
-            again = Again.everything(batch.decoder.n_layers)
-            return queries.evaluate(batch.decoder, engine.metric, mask[None], *where, batch._question, again)[0]
+            where = (jnp.asarray(0, jnp.int32), Own(batch.live.streams, differences, batch.live.active), source.whole)
+            return queries.evaluate(batch.decoder, engine.metric, mask[None], *where, batch._question)[0]
 
         return np.asarray(jax.jvp(values, (jnp.asarray(mask),), (jnp.asarray(direction),))[1])
 

@@ -20,17 +20,19 @@ from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
 from circuitgraph_jax import _queries as queries
+from circuitgraph_jax._changed import Changes, Kept
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import Devices
-from circuitgraph_jax._resumed import Again, Kept
+from circuitgraph_jax._resumed import Own
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._spans import Spans
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from numpy import ndarray
 
 _PROMPTS = 4  # batches of more than two prompts are filled up to a multiple of this
+_COST = 0.6  # of a node by difference: no reader sums up again what has not changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,59 +142,66 @@ class Batch:
         with refined components kept yet.)"""
         if len(masks) == 0 or masks.ndim == 4 or self._parts.dtype.itemsize < 4 or self._parts.sites.is_refined:
             return self._fresh(masks, source)
-        kept, plan = self._planned(masks, source)
+        kept, kept_mask, plan = self._planned(masks, source)
         if not plan.parts:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
         for part in plan.parts:
             for lot in self._lots(len(part.lanes), self._devices.n_lanes):
                 lanes = part.lanes[lot]
-                out[lanes] = self._run(masks[lanes], self._start(part), kept, source, self._again(part))
+                run = (self._start(part), kept, kept_mask, source.whole, self._question, self._changes(part, masks[lanes]))
+                values = queries.evaluate_from(self.decoder, self._metric, self._by_lane(masks[lanes]), *run)
+                out[lanes] = np.asarray(values)[: len(lanes), : len(self)]
         return out
 
-    def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[Kept, Plan]:
-        """The kept run, moved to where these masks want it, and what to run from there."""
+    def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[Kept, Array, Plan]:
+        """The kept run, moved to where these masks want it, its mask, and what to run from there."""
         if self._kept is None or self._kept[0] is not source:
-            self._kept = (source, self._live_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+            self._kept = (source, self._live_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1], _COST))
         (_, kept, incremental), self._kept = self._kept, None  # whoever interrupts a move leaves no plan without its run behind
+        before = incremental.mask
         plan = incremental.plan(masks)
         if plan.anew:
-            kept = self._live_kept(source)
+            kept, before = self._live_kept(source), self._parts.sites.graph.visible
         if plan.move is not None:
-            mask = jnp.asarray(incremental.mask.astype(self._parts.dtype))
-            kept = queries.moved(self.decoder, mask, self._start(plan.move), kept, source.whole, self._again(plan.move))
+            changes = self._changes(plan.move, incremental.mask[None])
+            run = (self._start(plan.move), kept, self._mask(before), source.whole, changes)
+            kept = queries.moved(self.decoder, self._mask(incremental.mask), *run)
         self._kept = (source, kept, incremental)
-        return kept, plan
+        return kept, self._mask(incremental.mask), plan
 
     def _fresh(self, masks: Float[ndarray, "lanes readers writers ..."], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         """Of each lane from the first layer in which it differs from the model's own run."""
         starts = self._parts.sites.first_difference(masks if masks.ndim == 3 else (masks == 1).all(axis=3))
         order = np.argsort(starts, kind="stable")
-        out, kept, again = np.empty((len(masks), len(self))), self._live_kept(source), Again.everything(self._parts.decoder.n_layers)
+        out, own = np.empty((len(masks), len(self))), Own(self.live.streams, self._live_differences(source), self.live.active)
         for lot in self._lots(len(masks), self._devices.n_lanes):
-            chosen = order[lot]
-            out[chosen] = self._run(masks[chosen], jnp.asarray(starts[chosen[0]], jnp.int32), kept, source, again)
+            lanes = order[lot]
+            run = (jnp.asarray(starts[lanes[0]], jnp.int32), own, source.whole, self._question, self._spans(masks[0]))
+            values = queries.evaluate(self.decoder, self._metric, self._by_lane(masks[lanes]), *run)
+            out[lanes] = np.asarray(values)[: len(lanes), : len(self)]
         return out
 
-    def _run(
-        self, masks: Float[ndarray, "lanes readers writers ..."], start: Array, kept: Kept, source: SourceRun, again: Again
-    ) -> Float[ndarray, "lanes prompts"]:
+    def _by_lane(self, masks: Float[ndarray, "lanes readers writers ..."]) -> Array:
+        """On the devices, filled up with copies of the first lane."""
         short = -len(masks) % self._devices.n_lanes
-        lanes = self._devices.by_lane(masks[np.append(np.arange(len(masks)), np.zeros(short, dtype=int))])
-        about = (self._question, again, self._spans(masks[0]))
-        values = queries.evaluate(self.decoder, self._metric, lanes, start, kept, source.whole, *about)
-        return np.asarray(values)[: len(masks), : len(self)]
+        lanes: Array = self._devices.by_lane(masks[np.append(np.arange(len(masks)), np.zeros(short, dtype=int))])
+        return lanes
+
+    def _mask(self, mask: Float[ndarray, "readers writers"] | Bool[ndarray, "readers writers"]) -> Array:
+        return jnp.asarray(mask.astype(self._parts.dtype))
 
     def _live_kept(self, source: SourceRun) -> Kept:
-        return Kept(self.live.streams, self._live_differences(source), self.live.active)
+        run: Kept = queries.kept(self.decoder, self.live.values, self._live_differences(source))
+        return run
 
     def _start(self, part: Part) -> Array:
         """The layer of the first reader that hears something else."""
         layer = self._parts.sites.layer_of_row[part.readers[0]] if len(part.readers) else len(self._parts.sites.layers)
         return jnp.asarray(layer, jnp.int32)
 
-    def _again(self, part: Part) -> Again:
-        return Again.of(part.changed, self._parts.sites)
+    def _changes(self, part: Part, masks: Float[ndarray, "lanes readers writers"]) -> Changes:
+        return Changes.of(self.decoder, self._parts.sites, part, masks)
 
     def _lots(self, n: int, smallest: int = 1) -> Iterator[slice]:
         """Runs by 1, 4, 16, ... times the smallest number, as memory allows: few shapes to compile for, and no run twice."""

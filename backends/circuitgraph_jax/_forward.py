@@ -81,7 +81,7 @@ class Edges(eqx.Module):
     def of(cls, mask: Float[Array, "readers writers"], visible: Bool[Array, "readers writers"]) -> Edges:
         return cls(*_smaller_form(mask, visible))
 
-    def __getitem__(self, readers: slice) -> Edges:
+    def __getitem__(self, readers: slice | Int[Array, " some"]) -> Edges:
         return Edges(self.coefficients[readers], self.from_live[readers])
 
     def by_layer(self, n_layers: int, n_writers: int) -> Edges:

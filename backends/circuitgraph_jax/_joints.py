@@ -6,6 +6,7 @@ Numbers in which layers differ (a window, a scale, rotary frequencies) are array
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -43,6 +44,16 @@ class Norm(eqx.Module):
     ) -> Float[Array, "heads position d_model"]:
         """The norm of `total`, shared out to the parts that add up to it: all get the scale of the total, none the bias."""
         return self.scaled_parts(parts, self.scale(total))
+
+    def of_heads(self, heads: Int[Array, " some"]) -> Norm:
+        """Of a norm of queries or keys `[groups, members, position, head_dim]`, that of some heads, as members of one group."""
+
+        def chosen(array: Array | None) -> Array | None:
+            if array is None or array.shape[0] * array.shape[1] == 1:
+                return array
+            return array.reshape(1, -1, 1, array.shape[-1])[:, heads]
+
+        return replace(self, gain=chosen(self.gain), bias=chosen(self.bias))
 
     def scale(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """What `x` is multiplied by, once it is centred."""
@@ -139,6 +150,33 @@ class Attention(eqx.Module):
     def couples_heads(self) -> bool:
         """Whether a norm runs over the queries or keys of all heads."""
         return any(norm is not None and len(norm.axes) > 1 for norm in (self.q_norm, self.k_norm))
+
+    @property
+    def bundle_size(self) -> int:
+        """How many heads have to be computed together: those that share keys and values, or all where a norm runs over them."""
+        if self.couples_heads or self.post_norm is not None:
+            return self.n_heads
+        return 1 if self.kv_readers == self.members else self.members
+
+    def bundle(self, number: Int[Array, ""]) -> tuple[Int[Array, " some"], Attention]:
+        """The readers of one such bundle, and the attention that has no other heads."""
+        n = self.bundle_size
+        if n == self.n_heads:
+            return jnp.arange(self.n_readers), self
+        heads = number * n + jnp.arange(n)
+        readers = jnp.append(heads, jnp.array([self.n_heads, self.n_askers]) + number)
+        alone = replace(
+            self,
+            weights=self.weights[readers],
+            biases=None if self.biases is None else self.biases[readers],
+            q_norm=None if self.q_norm is None else self.q_norm.of_heads(heads),
+            k_norm=None if self.k_norm is None else self.k_norm.of_heads(number[None]),
+            out_weights=self.out_weights[heads],
+            n_groups=1,
+            members=n,
+            kv_readers=1,
+        )
+        return readers, alone
 
     def __call__(self, x: Float[Array, "position d_model"]) -> Float[Array, "position d_model"]:
         """The module as its model has it: what all heads and the output bias add to the stream."""

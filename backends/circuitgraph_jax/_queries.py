@@ -13,11 +13,12 @@ from jax import Array
 from circuitgraph._engine import EXACT
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph_jax._backward import LiveRun, MaskedRun, RunBeside
+from circuitgraph_jax._changed import Changes, Difference, Kept, Rows
 from circuitgraph_jax._collect import edge_scores, source_gradients
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._forward import Edges, Masking, SourceStreams, SpanEdges, forward
 from circuitgraph_jax._live import live_run
-from circuitgraph_jax._resumed import Again, Kept, resumed
+from circuitgraph_jax._resumed import Own, resumed
 from circuitgraph_jax._rules import Way
 from circuitgraph_jax._run import Run
 from circuitgraph_jax._spans import Spans
@@ -135,37 +136,73 @@ def masked_logits(
 
 
 @eqx.filter_jit
-def moved(decoder: Decoder, mask: Float[Array, "readers writers"], start: Int[Array, ""], kept: Kept, source: Source, again: Again) -> Kept:
-    """The run under a mask that has other rows than the kept run from layer `start` on."""
-
-    def one(masking: Masking, kept: Kept, said: Array) -> Kept:
-        _, bank = resumed(decoder, start, kept, said, masking, again)
-        streams = SourceStreams.of(decoder, bank + said)
-        return Kept(jnp.concatenate([*streams.starts, streams.end[None]]), bank, kept.active)
-
-    return jax.vmap(one)(_masking(decoder, mask, source, None), kept, source.values)
-
-
-@eqx.filter_jit
 def evaluate(
     decoder: Decoder,
     metric: Metric,
     masks: Float[Array, "lanes readers writers ..."],
     start: Int[Array, ""],
-    kept: Kept,
+    own: Own,
     source: Source,
     question: Question,
-    again: Again,
     spans: Spans | None = None,
+) -> Float[Array, "lanes prompts"]:
+    """`F` of masks that change nothing before layer `start`."""
+
+    def one(masking: Masking, own: Own, said: Array, question: Question) -> Array:
+        return question.measure(decoder, metric, resumed(decoder, start, own, said, masking)[-1])
+
+    def lane(mask: Array) -> Array:
+        return jax.vmap(one)(_masking(decoder, mask, source, spans), own, source.values, question)
+
+    return jax.vmap(lane)(masks)
+
+
+@eqx.filter_jit
+def kept(
+    decoder: Decoder,
+    values: Float[Array, "prompts writers position d_model"],
+    differences: Float[Array, "prompts writers position d_model"],
+) -> Kept:
+    """The model's own run, to be the first that others are evaluated from."""
+    return jax.vmap(lambda *run: Kept.of(decoder, *run))(values, differences)
+
+
+@eqx.filter_jit
+def moved(
+    decoder: Decoder,
+    mask: Float[Array, "readers writers"],
+    start: Int[Array, ""],
+    kept: Kept,
+    kept_mask: Float[Array, "readers writers"],
+    source: Source,
+    changes: Changes,
+) -> Kept:
+    """The run under a mask that has other rows than the kept run from layer `start` on."""
+    rows = Rows.of(mask, kept_mask, decoder.visible)
+    return jax.vmap(lambda *run: Difference(rows, *run).moved(decoder, start, changes))(kept, source.values, source.streams)
+
+
+@eqx.filter_jit
+def evaluate_from(
+    decoder: Decoder,
+    metric: Metric,
+    masks: Float[Array, "lanes readers writers"],
+    start: Int[Array, ""],
+    kept: Kept,
+    kept_mask: Float[Array, "readers writers"],
+    source: Source,
+    question: Question,
+    changes: Changes,
 ) -> Float[Array, "lanes prompts"]:
     """`F` of masks that have other rows than the kept run from layer `start` on."""
 
-    def one(masking: Masking, kept: Kept, said: Array, question: Question) -> Array:
-        end, _ = resumed(decoder, start, kept, said, masking, again)
-        return question.measure(decoder, metric, end[-1])
-
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_masking(decoder, mask, source, spans), kept, source.values, question)
+        rows = Rows.of(mask, kept_mask, decoder.visible)
+
+        def one(kept: Kept, said: Array, streams: SourceStreams, question: Question) -> Array:
+            return question.measure(decoder, metric, Difference(rows, kept, said, streams).end(decoder, start, changes))
+
+        return jax.vmap(one)(kept, source.values, source.streams, question)
 
     return jax.vmap(lane)(masks)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from circuitgraph._architecture import Architecture
 
 _IN_CACHE = 1 << 20
+_COST = 1.3  # of a node by difference, in many small steps
 """So many logits a metric gets at once on a CPU: it goes over them several times, and they should still be in the cache."""
 
 
@@ -147,7 +148,7 @@ class Batch:
     def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[KeptRun, Plan]:
         """The kept run, moved to where these masks want it, and what to run from there."""
         if self._kept is None or self._kept[0] is not source:
-            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1]))
+            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1], _COST))
         (_, kept, incremental), self._kept = self._kept, None  # whoever interrupts a move leaves no half-moved run behind
         plan = incremental.plan(masks)
         if plan.anew:
