@@ -54,7 +54,6 @@ PARTS = {
         ),
         prompts=32,
     ),
-    # Left out as too long on two cores: the exact patching of 70,651 edges.
     "smollm2": Part(
         (("smollm2-135m", ("ioi", "greater-than-digits", "induction", "subject-verb-agreement")),),
         (
@@ -62,6 +61,7 @@ PARTS = {
             "attribution-patching:corrections=qk-fix",
             "attribution-patching:corrections=grad-drop",
             "path-patching",
+            "activation-patching",
             "activation-patching:level=node",
             "acdc:threshold=0.1",
             *OPTIMISED,

@@ -58,7 +58,7 @@ class _Stack:
 class Incremental:
     """The mask of the kept run, and where what was said in it is known.
 
-    `cost`: what a node costs an engine here, where it costs 1 in a run from the input.
+    `cost`: what a node costs an engine here, where it costs 1 in a run from the input; that of one whose reader has another row is 1 more.
     """
 
     def __init__(self, sites: Sites, length: int, cost: float) -> None:
@@ -95,8 +95,7 @@ class Incremental:
         settled = self._settled(masks, previous, differs)
         stack = _Stack(masks, differs)
         parts = [self._part(stack, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
-        work = sum(self._work(part.changed) * len(part.lanes) for part in parts)
-        if self._cost * work > self._fresh_work(parts, differs):
+        if sum(map(self._work_here, parts)) > self._fresh_work(parts, differs):
             return Plan(anew=anew)
         move, mask, known = None, self.mask, self._known
         if settled.any():
@@ -152,6 +151,11 @@ class Incremental:
     def _work(self, changed: Extent) -> float:
         """Of one lane, in the heads of a layer on all positions."""
         return float(self._work_of_writer @ self._share[changed.writers])
+
+    def _work_here(self, part: Part) -> float:
+        """Of all its lanes; readers with other rows are read anew, besides what changes in what they hear."""
+        share = len(part.readers) / max(1, int(np.count_nonzero(part.changed.readers)))
+        return (self._cost + share) * self._work(part.changed) * len(part.lanes)
 
     def _fresh_work(self, parts: Sequence[Part], differs: Bool[ndarray, "lanes readers"]) -> float:
         """Of all lanes, run from the first layer in which they differ from the model itself."""

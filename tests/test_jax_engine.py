@@ -158,9 +158,11 @@ def test_a_shape_is_compiled_once() -> None:
     engine = model.bind(pairs_of(6, (7, 7, 7)), "kl")
     with compilations() as of_acdc:
         outcome = ACDC(threshold=0.001).run(engine)
+        ACDC(threshold=0.3, group_first=False).run(engine)
     assert outcome.record["lanes"] > 50
     by_query = {name: n for name, n in of_acdc.items() if any(name == f"jit({query})" for query in vars(queries))}
-    assert by_query.pop("jit(evaluate)") <= 3, "lanes come by 1, 4 and 16"
+    for query in ("evaluate", "evaluate_from"):
+        assert by_query.pop(f"jit({query})", 0) <= 3, "lanes come by 1, 4 and 16"
     assert set(by_query.values()) == {1}, by_query
     with compilations() as again:
         ACDC(threshold=0.3).run(engine)
@@ -199,17 +201,22 @@ from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _queries as queries
 
-shapes, hlo, watch_hlo = [], [], False
-evaluate = queries.evaluate
+shapes, hlo, watch_hlo = [], {}, False
 
-def watched(*args):
-    values = evaluate(*args)
-    shapes.append((values.shape, values.addressable_shards[0].data.shape))
-    if watch_hlo and not hlo:
-        hlo.append(evaluate.lower(*args).compile().compiled.as_text())
-    return values
+def watch(name):
+    evaluate = getattr(queries, name)
 
-queries.evaluate = watched
+    def watched(*args):
+        values = evaluate(*args)
+        shapes.append((values.shape, values.addressable_shards[0].data.shape))
+        if watch_hlo and name not in hlo:
+            hlo[name] = evaluate.lower(*args).compile().compiled.as_text()
+        return values
+
+    setattr(queries, name, watched)
+
+watch("evaluate")
+watch("evaluate_from")
 
 def same(got, expected):
     got, expected = np.asarray(got), np.asarray(expected)
@@ -233,7 +240,6 @@ for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4
     for whole, part in shapes:
         assert whole[1] == rows and part == (whole[0] // by_lane, rows // by_prompt), (whole, part)
     assert sum(whole[0] for whole, _ in shapes) == 7 + -7 % by_lane
-    assert not any(name in text for text in hlo for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     same(got, theirs.evaluate(masks))
     by_span = np.random.default_rng(0).uniform(size=(*ours.graph.shape, 2))
     for mask, mix in ((np.ones(ours.graph.shape), 1.0), (by_span, (0.3, 0.6)))[: 2 if n_prompts == 3 else 1]:
@@ -248,13 +254,15 @@ for n_prompts, by_prompt, by_lane, rows in [(6, 4, 1, 8), (3, 2, 2, 4), (1, 1, 4
     said = one.bind(pairs, "logit_diff").activations()
     assert len(said.batches[0].sharding.device_set) == 1
     same(ours.evaluate(masks[:1], source=said), theirs.evaluate(masks[:1], source=said))  # values of other devices
+watch_hlo = True
 for algorithm in (EAP(), ActivationPatching(max_lanes=4), ACDC(threshold=0.05, max_lanes=4)):
     pairs = random_pairs(4, lengths=(9, 9, 9), vocabulary=100)
     got, expected = (algorithm.run(model.bind(pairs, "logit_diff")) for model in (many, torch))
     assert np.array_equal(got.mask, expected.mask)
     same(got.scores, expected.scores)
 everything.close()
-assert hlo
+assert "evaluate_from" in hlo
+assert not any(name in text for text in hlo.values() for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 """
 
 

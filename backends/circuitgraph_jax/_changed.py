@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from circuitgraph._incremental import Part
-from circuitgraph._liveness import DEAD
+from circuitgraph._liveness import ALL, DEAD
 from circuitgraph._sites import Sites
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._forward import Edges, SourceStreams
@@ -57,14 +57,14 @@ class Kept(eqx.Module):
 class Changes(eqx.Module):
     """What is recomputed per layer, and at the end for the logits; the same for all lanes and prompts.
 
-    `bundles` of heads (the first `n_bundles` of them), the `heads` in them that change, and where the MLP does (`DEAD`, `LAST` or `ALL`).
-    Of the readers, whether some have other rows than in the kept run, and from which to before which of the `blocks` of writers they hear
-    changes one by one.
+    `bundles` of heads (the first `n_bundles` of them), and where `heads` and `mlp` change (`DEAD`, `LAST` or `ALL`). Of the readers,
+    whether some have other rows than in the kept run, and from which to before which of the `blocks` of writers they hear changes one by
+    one.
     """
 
     bundles: Int[Array, "ends bundles"]
     n_bundles: Int[Array, " ends"]
-    heads: Bool[Array, "ends heads"]
+    heads: Int[Array, "ends heads"]
     mlp: Int[Array, " ends"]
     has_other_rows: Bool[Array, " ends"]
     blocks: Int[Array, "ends 2"]
@@ -73,14 +73,14 @@ class Changes(eqx.Module):
     def of(cls, decoder: Decoder, sites: Sites, part: Part, masks: Float[ndarray, "lanes readers writers"]) -> Changes:
         n_ends = len(sites.layers) + 1
         n_heads = max((len(layer.attention_writers) for layer in sites.layers), default=0)
-        bundles, heads = np.zeros((n_ends, n_heads), dtype=np.int32), np.zeros((n_ends, n_heads), dtype=bool)
+        bundles, heads = np.zeros((2, n_ends, n_heads), dtype=np.int32)
         n_bundles, mlps = np.zeros((2, n_ends), dtype=np.int32)
         sizes = [stack.attention.bundle_size if stack.attention else 1 for stack in decoder.stacks]
         size_of_layer = np.repeat(sizes, [place.n_layers for place in decoder.places])
         for number, (layer, size) in enumerate(zip(sites.layers, size_of_layer, strict=True)):
-            told = part.changed.writers[layer.attention_writers.start : layer.attention_writers.stop] > DEAD
-            heads[number, : len(told)] = told
-            found = np.unique(np.flatnonzero(told) // size)
+            extents = part.changed.writers[layer.attention_writers.start : layer.attention_writers.stop]
+            heads[number, : len(extents)] = extents
+            found = np.unique(np.flatnonzero(extents) // size)
             bundles[number, : len(found)], n_bundles[number] = found, len(found)
             mlps[number] = part.changed.writers[layer.mlp_writers.start] if layer.mlp else DEAD
         has_other_rows = np.isin(np.arange(n_ends), sites.layer_of_row[part.readers])
@@ -211,9 +211,14 @@ class Difference(eqx.Module):
             def speak(number: Int[Array, ""], changes: Array) -> Array:
                 first = here.changes.bundles[number] * size
                 some, heads = attention.bundle(here.changes.bundles[number])
-                change = self._change(heads.write_each(heads.mix(heads.project(x[some]))), here.first_writer + first)
-                is_told = lax.dynamic_slice_in_dim(here.changes.heads, first, size)
-                return keep(changes, jnp.where(is_told[:, None, None], change, 0), first)
+                projected, extents = heads.project(x[some]), lax.dynamic_slice_in_dim(here.changes.heads, first, size)
+
+                def change(where: slice) -> Array:
+                    changes = self._change(heads.write_each(heads.mix(projected, where)), here.first_writer + first, where)
+                    return nothing[:size].at[:, where].set(jnp.where(extents[:, None, None] > DEAD, changes, 0))
+
+                of_bundle = lax.cond(extents.max() == ALL, lambda: change(EVERYWHERE), lambda: change(AT_THE_END))
+                return keep(changes, of_bundle, first)
 
             return lax.fori_loop(0, here.changes.n_bundles, speak, nothing), run.only_kept(x)
 

@@ -191,8 +191,10 @@ class Attention(eqx.Module):
             projected = jnp.einsum("rsd,red->rse", y, self.weights)
         return projected if self.biases is None else projected + self.biases[:, None]
 
-    def mix(self, projected: Float[Array, "readers position head_dim"]) -> Float[Array, "heads position head_dim"]:
-        """The heads' mixed values."""
+    def mix(
+        self, projected: Float[Array, "readers position head_dim"], where: slice = slice(None)
+    ) -> Float[Array, "heads positions head_dim"]:
+        """The heads' mixed values, at some positions or all."""
         length = projected.shape[1]
         q = projected[: self.n_heads].reshape(self.n_groups, self.members, length, -1)
         k = projected[self.n_heads : self.n_askers].reshape(self.n_groups, self.kv_readers, length, -1)
@@ -201,14 +203,15 @@ class Attention(eqx.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rotation is not None:
             q, k = self.rotation(q), self.rotation(k)
-        return (self._pattern(q, k).astype(v.dtype) @ v).reshape(self.n_heads, length, -1)
+        pattern = self._pattern(q, k, where).astype(v.dtype)
+        return (pattern @ v).reshape(self.n_heads, pattern.shape[2], -1)
 
     def _pattern(
-        self, q: Float[Array, "groups members position head_dim"], k: Float[Array, "groups kv position head_dim"]
-    ) -> Float[Array, "groups members position position"]:
-        scores = (q @ k.swapaxes(-1, -2)).astype(jnp.promote_types(q.dtype, jnp.float32)) * self.pattern_scale
+        self, q: Float[Array, "groups members position head_dim"], k: Float[Array, "groups kv position head_dim"], where: slice
+    ) -> Float[Array, "groups members positions position"]:
+        scores = (q[:, :, where] @ k.swapaxes(-1, -2)).astype(jnp.promote_types(q.dtype, jnp.float32)) * self.pattern_scale
         scores = scores if self.softcap is None else jnp.tanh(scores / self.softcap) * self.softcap
-        distance = jnp.arange(q.shape[2])[:, None] - jnp.arange(q.shape[2])
+        distance = jnp.arange(q.shape[2])[where, None] - jnp.arange(q.shape[2])
         return jax.nn.softmax(jnp.where((distance >= 0) & (distance < self.window), scores, -jnp.inf), axis=-1)
 
     def write(self, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "position d_model"]:
