@@ -19,6 +19,7 @@ from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
 from circuitgraph._sites import Sites
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 from circuitgraph.testing import random_pairs
+from circuitgraph_jax import _changed
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._devices import precisely
 from circuitgraph_torch._kept import KeptRun
@@ -71,6 +72,23 @@ def test_a_walk_over_masks_is_what_single_runs_say(family: str, start: float, ca
 @given(family=st.sampled_from(["gpt_neox", "gemma2"]), start=st.sampled_from([1.0, 0.2]), calls=calls())
 def test_a_walk_in_jax_is_what_single_runs_say(family: str, start: float, calls: list[Call]) -> None:
     walk(traced(family, "jax"), start, calls, "nll")
+
+
+def test_blocks_in_which_nothing_changes_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks so small that a tiny model has several."""
+    monkeypatch.setattr(_changed, "BLOCK", 2)
+    model, pairs = traced("llama", "jax"), random_pairs(1, lengths=(6, 6), vocabulary=VOCABULARY)  # a shape that nobody else compiles
+    engine, other = model.bind(pairs, "nll"), model.bind(pairs, "nll")
+    rng, now = np.random.default_rng(0), model.graph.visible.astype(np.float32)
+    edges, n_lanes = np.argwhere(model.graph.visible), []
+    monkeypatch.setattr(queries, "evaluate_from", lambda *args, run=queries.evaluate_from: n_lanes.append(len(args[2])) or run(*args))
+    for _ in range(24):
+        masks = np.stack([now, now])
+        row = rng.choice(edges[:, 0])
+        masks[:, row] = rng.choice([0, 1, 0.5], size=(2, now.shape[1]))
+        np.testing.assert_allclose(engine.evaluate(masks), fresh(other, masks), rtol=0, atol=1e-4)
+        now = masks[1] if rng.uniform() < 0.7 else now
+    assert sum(n_lanes) >= 24
 
 
 def walk(model: Any, start: float, calls: list[Call], metric: str) -> None:
