@@ -55,13 +55,21 @@ class _Stack:
     differs: Bool[ndarray, "lanes readers"]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a node takes here, where it takes 1 in a run from the input, and how much more if its reader has another row."""
+
+    node: float
+    other_row: float
+
+
 class Incremental:
     """The mask of the kept run, and where what was said in it is known.
 
-    `cost`: what a node costs an engine here, where it costs 1 in a run from the input; that of one whose reader has another row is 1 more.
+    `cost`: what an engine takes for a node here.
     """
 
-    def __init__(self, sites: Sites, length: int, cost: float) -> None:
+    def __init__(self, sites: Sites, length: int, cost: Cost) -> None:
         graph = sites.graph
         self._sites, self._visible, self._cost = sites, graph.visible, cost
         self._liveness = Liveness(graph)
@@ -153,9 +161,9 @@ class Incremental:
         return float(self._work_of_writer @ self._share[changed.writers])
 
     def _work_here(self, part: Part) -> float:
-        """Of all its lanes; readers with other rows are read anew, besides what changes in what they hear."""
+        """Of all its lanes."""
         share = len(part.readers) / max(1, int(np.count_nonzero(part.changed.readers)))
-        return (self._cost + share) * self._work(part.changed) * len(part.lanes)
+        return (self._cost.node + self._cost.other_row * share) * self._work(part.changed) * len(part.lanes)
 
     def _fresh_work(self, parts: Sequence[Part], differs: Bool[ndarray, "lanes readers"]) -> float:
         """Of all lanes, run from the first layer in which they differ from the model itself."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import circuitgraph
 from circuitgraph._graph import Graph, Layer, transformer_graph
-from circuitgraph._incremental import MOST_MOVES, Incremental
+from circuitgraph._incremental import MOST_MOVES, Cost, Incremental
 from circuitgraph._liveness import ALL, DEAD, LAST, Liveness
 from circuitgraph._sites import Sites
 from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
@@ -293,7 +293,7 @@ def sites() -> Sites:
 
 
 def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -> None:
-    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=Cost(1.3, 0)), sites().graph
     ones = graph.visible.astype(np.float32)
     gone = ones.copy()
     gone[14, 3:] = 0
@@ -310,7 +310,7 @@ def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -
 
 
 def test_what_the_kept_run_no_longer_knows_makes_it_anew() -> None:
-    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=Cost(1.3, 0)), sites().graph
     ones = graph.visible.astype(np.float32)
     without_last_mlp = ones.copy()
     without_last_mlp[14, 6] = 0
@@ -323,7 +323,7 @@ def test_what_the_kept_run_no_longer_knows_makes_it_anew() -> None:
 
 
 def test_lanes_that_agree_on_nothing_move_nothing() -> None:
-    incremental, graph = Incremental(sites(), length=5, cost=1.3), sites().graph
+    incremental, graph = Incremental(sites(), length=5, cost=Cost(1.3, 0)), sites().graph
     masks = np.random.default_rng(0).uniform(size=(3, *graph.shape)).astype(np.float32)
     assert incremental.plan(masks).move is None
     assert np.array_equal(incremental.mask, graph.visible)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from circuitgraph._engine import Rule
-from circuitgraph._incremental import Incremental, Part, Plan
+from circuitgraph._incremental import Cost, Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _PROMPTS = 4  # batches of more than two prompts are filled up to a multiple of this
-_COST = 0.6  # of a node by difference: no reader sums up again what has not changed
+_COST = Cost(node=0.6, other_row=1)  # of two sums that a run from the input makes of all writers, unchanged rows need none
 
 
 @dataclass(frozen=True, eq=False)

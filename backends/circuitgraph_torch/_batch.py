@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._engine import Rule
-from circuitgraph._incremental import Incremental, Part, Plan
+from circuitgraph._incremental import Cost, Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
 from circuitgraph._pairs import Bucket, TokenSets
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from circuitgraph._architecture import Architecture
 
 _IN_CACHE = 1 << 20
-_COST = 1.3  # of a node by difference, in many small steps
+_COST = Cost(node=1.3, other_row=0)  # many small steps; few rows are read at a time
 """So many logits a metric gets at once on a CPU: it goes over them several times, and they should still be in the cache."""
 
 
