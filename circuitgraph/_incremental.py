@@ -66,17 +66,18 @@ class Cost:
 class Incremental:
     """The mask of the kept run, and where what was said in it is known.
 
-    `cost`: what an engine takes for a node here.
+    `length`: of the prompts; what goes on from the kept run is computed from position `first` on. `cost`: what an engine takes for a
+    node there.
     """
 
-    def __init__(self, sites: Sites, length: int, cost: Cost) -> None:
+    def __init__(self, sites: Sites, length: int, cost: Cost, first: int = 0) -> None:
         graph = sites.graph
         self._sites, self._visible, self._cost = sites, graph.visible, cost
         self._liveness = Liveness(graph)
         heads = np.array([writer.kind == "head" for writer in graph.writers])
         n_heads = max((len(layer.attention_writers) for layer in sites.layers), default=1) or 1
         self._work_of_writer = np.where(heads, 1 / n_heads, _MLP_WORK)
-        self._share = np.array([0, 1 / length, 1])  # of the positions, by extent
+        self._share = np.array([0, 1 / length, 1 - first / length])  # of the positions, by extent
         self._previous: Float[ndarray, "readers writers"] | None = None
         self._start_anew()
 

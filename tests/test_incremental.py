@@ -287,9 +287,9 @@ def test_changed_is_what_is_needed_and_reached(graph: Graph, share: float, seed:
 # ------------------------------------------------------------------------------------------------------------------------------- the plan
 
 
-def sites() -> Sites:
-    """Two layers of two heads and an MLP."""
-    return Sites.of(transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * 2), n_layers=2)
+def sites(n_layers: int = 2) -> Sites:
+    """Layers of two heads and an MLP."""
+    return Sites.of(transformer_graph([Layer(n_heads=2, n_kv_heads=2)] * n_layers), n_layers=n_layers)
 
 
 def test_lanes_that_agree_move_the_kept_run_and_one_alone_waits_for_the_next() -> None:
@@ -327,3 +327,12 @@ def test_lanes_that_agree_on_nothing_move_nothing() -> None:
     masks = np.random.default_rng(0).uniform(size=(3, *graph.shape)).astype(np.float32)
     assert incremental.plan(masks).move is None
     assert np.array_equal(incremental.mask, graph.visible)
+
+
+def test_positions_that_all_share_count_for_the_kept_run() -> None:
+    """What changes everything from the first layer on is run from the input, unless half of the prompt comes before any change."""
+    deep = sites(n_layers=8)
+    lane = deep.graph.visible.astype(np.float32)[None]
+    lane[0, deep.layer_of_row == 0, 0] = 0
+    assert not Incremental(deep, length=8, cost=Cost(1.3, 0)).plan(lane).parts
+    assert Incremental(deep, length=8, cost=Cost(1.3, 0), first=4).plan(lane).parts

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from circuitgraph._architecture import Architecture
 
-_IN_CACHE = 1 << 20
 _COST = Cost(node=1.3, other_row=0)  # many small steps; few rows are read at a time
+_IN_CACHE = 1 << 20
 """So many logits a metric gets at once on a CPU: it goes over them several times, and they should still be in the cache."""
 
 
@@ -148,7 +148,8 @@ class Batch:
     def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[KeptRun, Plan]:
         """The kept run, moved to where these masks want it, and what to run from there."""
         if self._kept is None or self._kept[0] is not source:
-            self._kept = (source, self._new_kept(source), Incremental(self._parts.sites, self.live_ids.shape[1], _COST))
+            kept = self._new_kept(source)
+            self._kept = (source, kept, Incremental(self._parts.sites, self.live_ids.shape[1], _COST, kept.first))
         (_, kept, incremental), self._kept = self._kept, None  # whoever interrupts a move leaves no half-moved run behind
         plan = incremental.plan(masks)
         if plan.anew:
