@@ -211,10 +211,10 @@ class Difference(eqx.Module):
             def speak(number: Int[Array, ""], changes: Array) -> Array:
                 first = here.changes.bundles[number] * size
                 some, heads = attention.bundle(here.changes.bundles[number])
-                projected, extents = heads.project(x[some]), lax.dynamic_slice_in_dim(here.changes.heads, first, size)
+                extents = lax.dynamic_slice_in_dim(here.changes.heads, first, size)
 
                 def change(where: slice) -> Array:
-                    changes = self._change(heads.write_each(heads.mix(projected, where)), here.first_writer + first, where)
+                    changes = self._change(heads.write_each(heads.mix_at(where, x[some])), here.first_writer + first, where)
                     return nothing[:size].at[:, where].set(jnp.where(extents[:, None, None] > DEAD, changes, 0))
 
                 of_bundle = lax.cond(extents.max() == ALL, lambda: change(EVERYWHERE), lambda: change(AT_THE_END))

@@ -17,6 +17,8 @@ from jax import Array
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+EVERYTHING = slice(None)
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -98,9 +100,9 @@ class Rotation(eqx.Module):
     scale: Float[Array, ""]
     is_interleaved: bool = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "... position head_dim"]) -> Float[Array, "... position head_dim"]:
+    def __call__(self, x: Float[Array, "... some head_dim"], positions: Int[Array, " some"]) -> Float[Array, "... some head_dim"]:
         n = len(self.frequencies)
-        angles = jnp.arange(x.shape[-2], dtype=self.frequencies.dtype)[:, None] * self.frequencies
+        angles = positions.astype(self.frequencies.dtype)[:, None] * self.frequencies
         cos, sin = jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
         turned, rest = x[..., : 2 * n], x[..., 2 * n :]
         a, b = (turned[..., ::2], turned[..., 1::2]) if self.is_interleaved else (turned[..., :n], turned[..., n:])
@@ -184,34 +186,44 @@ class Attention(eqx.Module):
 
     def project(self, x: Float[Array, "some position d_model"]) -> Float[Array, "readers position head_dim"]:
         """From the readers' inputs, or the one that all of them share, to queries, keys and values."""
-        y = x if self.norm is None else self.norm(x)
-        if len(x) == 1:
-            projected = jnp.einsum("sd,red->rse", y[0], self.weights)
-        else:
-            projected = jnp.einsum("rsd,red->rse", y, self.weights)
-        return projected if self.biases is None else projected + self.biases[:, None]
+        return self._project(x, EVERYTHING)
 
-    def mix(
-        self, projected: Float[Array, "readers position head_dim"], where: slice = slice(None)
+    def mix(self, projected: Float[Array, "readers position head_dim"]) -> Float[Array, "heads position head_dim"]:
+        """The heads' mixed values."""
+        return self._mix(projected[: self.n_heads], projected[self.n_heads :], EVERYTHING)
+
+    def mix_at(self, where: slice, x: Float[Array, "readers position d_model"]) -> Float[Array, "heads positions head_dim"]:
+        """The heads' mixed values at some positions, from the readers' inputs: nothing is asked at other positions."""
+        asking, asked = slice(self.n_heads), slice(self.n_heads, None)
+        return self._mix(self._project(x[asking, where], asking), self._project(x[asked], asked), where)
+
+    def _project(self, x: Float[Array, "some positions d_model"], readers: slice) -> Float[Array, "readers positions head_dim"]:
+        y, weights = x if self.norm is None else self.norm(x), self.weights[readers]
+        projected = jnp.einsum("sd,red->rse", y[0], weights) if len(x) == 1 else jnp.einsum("rsd,red->rse", y, weights)
+        return projected if self.biases is None else projected + self.biases[readers, None]
+
+    def _mix(
+        self, queries: Float[Array, "heads positions head_dim"], asked: Float[Array, "kv position head_dim"], where: slice
     ) -> Float[Array, "heads positions head_dim"]:
-        """The heads' mixed values, at some positions or all."""
-        length = projected.shape[1]
-        q = projected[: self.n_heads].reshape(self.n_groups, self.members, length, -1)
-        k = projected[self.n_heads : self.n_askers].reshape(self.n_groups, self.kv_readers, length, -1)
-        v = projected[self.n_askers :].reshape(self.n_groups, self.kv_readers, length, -1)
+        everywhere = jnp.arange(asked.shape[1])
+        q = queries.reshape(self.n_groups, self.members, *queries.shape[1:])
+        k, v = asked.reshape(2, self.n_groups, self.kv_readers, *asked.shape[1:])
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rotation is not None:
-            q, k = self.rotation(q), self.rotation(k)
-        pattern = self._pattern(q, k, where).astype(v.dtype)
-        return (pattern @ v).reshape(self.n_heads, pattern.shape[2], -1)
+            q, k = self.rotation(q, everywhere[where]), self.rotation(k, everywhere)
+        pattern = self._pattern(q, k, everywhere[where, None] - everywhere).astype(v.dtype)
+        mixed: Array = (pattern @ v).reshape(queries.shape)
+        return mixed
 
     def _pattern(
-        self, q: Float[Array, "groups members position head_dim"], k: Float[Array, "groups kv position head_dim"], where: slice
+        self,
+        q: Float[Array, "groups members positions head_dim"],
+        k: Float[Array, "groups kv position head_dim"],
+        distance: Int[Array, "positions position"],
     ) -> Float[Array, "groups members positions position"]:
-        scores = (q[:, :, where] @ k.swapaxes(-1, -2)).astype(jnp.promote_types(q.dtype, jnp.float32)) * self.pattern_scale
+        scores = (q @ k.swapaxes(-1, -2)).astype(jnp.promote_types(q.dtype, jnp.float32)) * self.pattern_scale
         scores = scores if self.softcap is None else jnp.tanh(scores / self.softcap) * self.softcap
-        distance = jnp.arange(q.shape[2])[where, None] - jnp.arange(q.shape[2])
         return jax.nn.softmax(jnp.where((distance >= 0) & (distance < self.window), scores, -jnp.inf), axis=-1)
 
     def write(self, mixed: Float[Array, "heads position head_dim"]) -> Float[Array, "position d_model"]:
