@@ -5,43 +5,67 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks import subjects
 from benchmarks.clock import compared, timed
+from benchmarks.discovery import RANDOM_THRESHOLD
+from benchmarks.discovery_case import Case, sampled_chunks, sampled_sweep
 from benchmarks.machine import peak_memory
-from circuitgraph import EAP, LogitDiff, PromptPairs, TracedModel, trace
+from circuitgraph import ACDC, EAP, LogitDiff, PromptPairs, TracedModel, trace
 
 LANES = 64
+SWEPT = 4  # calls of the exact sweep
+THRESHOLDS = {"gpt2-size": RANDOM_THRESHOLD, "smollm2": 0.05, "tiny": 0.01}  # of ACDC by KL
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backend", choices=("torch", "jax"))
-    parser.add_argument("model", choices=("gpt2-size", "smollm2", "tiny"))
+    parser.add_argument("model", choices=tuple(THRESHOLDS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     traced, pairs = _traced(chosen.backend, chosen.model)
-    print(json.dumps(measured(traced, pairs, plain_forward(chosen.backend, traced, pairs, chosen.threads), chosen.rounds)))
+    plain = plain_forward(chosen.backend, traced, pairs, chosen.threads)
+    print(json.dumps(measured(traced, pairs, plain, chosen.rounds, THRESHOLDS[chosen.model])))
 
 
-def measured(traced: TracedModel, pairs: PromptPairs, plain: Callable[[], object], rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """A call to be measured: how many lanes or edges it asks for (0: not counted), and the rounds."""
+
+    call: Callable[[], object]
+    number: int
+    rounds: int
+
+
+def measured(traced: TracedModel, pairs: PromptPairs, plain: Callable[[], object], rounds: int, threshold: float) -> dict[str, Any]:
     """Seconds and ratios. The first calls are warm-ups, in which JAX compiles; what they take longer than later ones is reported."""
-    shape = traced.graph.shape
-    masks = np.random.default_rng(0).integers(0, 2, (LANES, *shape)).astype(np.float32)
-    engine = traced.bind(pairs, LogitDiff())
-    found: dict[str, Any] = {"edges": traced.graph.n_edges, "prompts": [len(pairs), len(pairs.clean[0])], "lanes": LANES}
-    calls: dict[str, Callable[[], object]] = {"eap": lambda: _scores(traced, pairs), "evaluate": lambda: engine.evaluate(masks)}
     plain()
-    for name, call in calls.items():
-        first = timed(call).wall
-        comparison = asdict(compared(call, plain, rounds=rounds if name == "eap" else max(2, rounds // 2)))  # lanes take minutes
-        found[name] = {**comparison, "compilation": first - comparison["call"]["median"]}
-    return {**found, "peak": peak_memory()}
+    methods = {}
+    for name, asked in _asked(traced, pairs, rounds, threshold).items():
+        first = timed(asked.call).wall
+        comparison = asdict(compared(asked.call, plain, rounds=asked.rounds))
+        methods[name] = {**comparison, "asked": asked.number, "compilation": first - comparison["call"]["median"]}
+    prompts = [len(pairs), len(pairs.clean[0])]
+    return {"edges": traced.graph.n_edges, "prompts": prompts, "methods": methods, "peak": peak_memory()}
+
+
+def _asked(traced: TracedModel, pairs: PromptPairs, rounds: int, threshold: float) -> dict[str, Asked]:
+    """Lanes and searches take minutes, so they have fewer rounds."""
+    masks = np.random.default_rng(0).integers(0, 2, (LANES, *traced.graph.shape)).astype(np.float32)
+    engine, sweep = traced.bind(pairs, LogitDiff()), Case(traced, pairs, chunks=SWEPT)
+    n_swept = sum(map(len, sampled_chunks(sweep)))
+    return {
+        "EAP": Asked(lambda: _scores(traced, pairs), 0, rounds),
+        f"{LANES} random lanes": Asked(lambda: engine.evaluate(masks), LANES, max(2, rounds // 2)),
+        f"exact sweep, {n_swept:,} edges": Asked(lambda: [*sampled_sweep(sweep)], n_swept, max(2, rounds // 2)),
+        f"ACDC, kl at {threshold:g}": Asked(lambda: ACDC(threshold=threshold).run(traced.bind(pairs, "kl")), traced.graph.n_edges, 1),
+    }
 
 
 def plain_forward(backend: str, traced: TracedModel, pairs: PromptPairs, threads: int) -> Callable[[], object]:

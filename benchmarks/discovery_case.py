@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from benchmarks.machine import peak_memory
 from benchmarks.products import operations
 from benchmarks.twin import sharing_twin
 from circuitgraph import ACDC, EAP, EAPIG, ActivationPatching, Engine, Outcome, PromptPairs, TracedModel, trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from numpy import ndarray
 
 GPT2_SIZE = {"n_layers": 12, "n_heads": 12, "d_model": 768, "vocabulary": 50257}
 TINY = {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocabulary": 50}
@@ -118,9 +122,9 @@ def sweep(case: Case, base: Callable[[], object]) -> dict[str, Any]:
     if case.chunks == 0:
         found = paced(_steps(case, ActivationPatching()), base)
         return {**_whole(found), "measured_edges": case.n_edges}
-    done = [0]
-    found = paced(sampled_sweep(case, done), base)
-    return {**_whole(found, case.n_edges / sum(done)), "measured_edges": sum(done)}
+    found = paced(sampled_sweep(case), base)
+    measured_edges = sum(map(len, sampled_chunks(case)))
+    return {**_whole(found, case.n_edges / measured_edges), "measured_edges": measured_edges}
 
 
 def acdc(case: Case, base: Callable[[], object]) -> dict[str, Any]:
@@ -178,17 +182,20 @@ def warm_up(case: Case) -> None:
     engine.evaluate(engine.graph.visible[None].astype(np.float32))
 
 
-def sampled_sweep(case: Case, done: list[int]) -> Iterator[None]:
-    """Calls of `evaluate` as `ActivationPatching` makes them, `case.chunks` of them. Leaves the number of edges of each in `done`."""
-    engine, size = case.bind(), ActivationPatching().max_lanes
-    done.clear()
+def sampled_sweep(case: Case) -> Iterator[None]:
+    """Calls of `evaluate` as `ActivationPatching` makes them, `case.chunks` of them."""
+    engine = case.bind()
     engine.evaluate(engine.graph.visible[None].astype(np.float32))
-    edges = np.argwhere(engine.graph.visible)
-    chunks = [edges[start : start + size] for start in range(0, len(edges), size)]
-    for number in np.unique(np.linspace(0, len(chunks) - 1, case.chunks).astype(int)):
-        engine.evaluate(_without(engine, chunks[number]))
-        done.append(len(chunks[number]))
+    for edges in sampled_chunks(case):
+        engine.evaluate(_without(engine, edges))
         yield
+
+
+def sampled_chunks(case: Case) -> list[Int[ndarray, "edges 2"]]:
+    """The edges of each such call, spread evenly over the graph."""
+    size, edges = ActivationPatching().max_lanes, np.argwhere(case.traced.graph.visible)
+    chunks = [edges[start : start + size] for start in range(0, len(edges), size)]
+    return [chunks[number] for number in np.unique(np.linspace(0, len(chunks) - 1, case.chunks).astype(int))]
 
 
 def subject(model: str, prompts: int, device: str = "cpu") -> tuple[TracedModel, PromptPairs]:

@@ -88,14 +88,14 @@ def test_the_sampled_sweep_asks_what_the_algorithm_asks(case: discovery_case.Cas
     monkeypatch.setattr(discovery_case.Case, "bind", lambda self: engine)
     ActivationPatching(max_lanes=10).run(engine)
     whole, asked[:] = [*asked], []
-    done = [0]
-    list(discovery_case.sampled_sweep(dataclasses.replace(case, chunks=5), done))
+    five = dataclasses.replace(case, chunks=5)
+    list(discovery_case.sampled_sweep(five))
     assert [masks.tolist() for masks in asked] == [masks.tolist() for masks in whole]
-    assert sum(done) == case.n_edges
+    assert sum(map(len, discovery_case.sampled_chunks(five))) == case.n_edges
     asked[:] = []
-    list(discovery_case.sampled_sweep(case, done))
+    list(discovery_case.sampled_sweep(case))
     assert [masks.tolist() for masks in asked[1:]] == [whole[number].tolist() for number in (1, 3, 5)]
-    assert done == [10, 10, 6]
+    assert [len(edges) for edges in discovery_case.sampled_chunks(case)] == [10, 10, 6]
 
 
 def test_bars_and_aims_are_judged_apart() -> None:
