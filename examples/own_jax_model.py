@@ -55,4 +55,4 @@ except TraceError as error:  # so are a wrong scale or window, and queries and k
 traced = trace(model, backend="jax", architecture=wiring("silu"), tokenizer=tokenizer)
 print(traced.proof)
 for model in (traced, trace("zoo:tiny-english", backend="jax")):  # the same weights by name: the same circuit
-    print(discover(model, "greater-than", ACDC(threshold=0.01), prompts=16))
+    print(discover(model, "greater-than", ACDC(threshold=0.01), prompts=4))

@@ -44,4 +44,4 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not look at it again; tracing makes much that is kept."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(100_000)

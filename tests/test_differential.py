@@ -65,7 +65,7 @@ def expected_gradient(
     return reference.gradient(np.random.default_rng(5).uniform(size=reference.graph.shape), mix=mix)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     family=st.sampled_from(["gpt2", "llama"]),
     metric=st.sampled_from([*metrics, "accuracy"]),
@@ -86,8 +86,7 @@ def test_evaluate_agrees(family: str, metric: str, sources: tuple[str, str], per
                 assert np.allclose(ours.evaluate(masks), expected, atol=TOLERANCE * max(1, np.abs(expected).max())), backend
 
 
-@families
-@backends
+@pytest.mark.parametrize(("family", "backend"), [("gpt2", "torch"), ("llama", "torch"), ("llama", "jax")])
 @pytest.mark.parametrize("metric", metrics)
 @pytest.mark.parametrize("source", sources)
 def test_gradient_agrees(family: str, backend: str, metric: str, source: str) -> None:

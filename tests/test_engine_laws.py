@@ -383,7 +383,8 @@ LAWS: tuple[Law, ...] = (
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+# JAX compiles for each law: one family will do. `test_engine_laws_rules` asks the other, `test_jax_differential` all.
+@pytest.mark.parametrize("row", [row for row in ROWS if str(row) != "jax-llama"], ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_every_law_holds_in_every_row(law: Law, row: Row) -> None:
     law(row.traced, PAIRS, row.tolerance)

@@ -121,7 +121,7 @@ def agree_on_gradient(both: Pair, mask: np.ndarray, mix: float, dtype: Dtype = "
 
 
 # The numbers of a family are compared in float64, below. This is about the dtype, and others ask these in it too.
-@pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @settings(max_examples=2, phases=PHASES)
 @given(seed=seeds, kinds=st.permutations(MASKS))
 def test_some_families_in_float32(family: str, seed: int, kinds: list[str]) -> None:
@@ -144,13 +144,12 @@ TURNS = [(family, *TURN_OF[BUILT_AS.get(family, family)]) for family in FAMILIES
 @given(seed=seeds, kinds=st.permutations(MASKS))
 def test_every_family_in_float64(family: str, metric: str, source: SourceKind, seed: int, kinds: list[str]) -> None:
     with precision("float64"):
-        plain, both = traced(family, "float64").bind(pairs_of(seed)), traced(family, "float64").bind(pairs_of(seed), metric, source)
+        both = traced(family, "float64").bind(pairs_of(seed), metric, source)
         masks = [mask_of(kind, seed, both.graph) for kind in kinds[:3]]
-        agree_on_gradient(plain, np.ones(both.graph.shape), 1.0, "float64")  # nothing is known yet: both runs are made together
         agree_on_everything(both, masks, "float64")
         agree_on_values(both, None, "float64")
         if not both.jax.metric.is_differentiable:
-            agree_on_gradient(plain, masks[0], 1.0, "float64")
+            agree_on_gradient(traced(family, "float64").bind(pairs_of(seed)), masks[0], 1.0, "float64")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_gradients_are_what_jvp_says_in_random_directions(family: str, metric: s
             assert np.allclose((gradient * direction).sum((1, 2)), expected, rtol=1e-9, atol=1e-9 * np.abs(gradient).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neo", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt_neo", "gemma2"])
 @pytest.mark.parametrize("where", ["at the model", "inside"])
 def test_gradients_agree_with_finite_differences(family: str, where: str) -> None:
     engine = bound(family, "float64")

@@ -21,7 +21,7 @@ from families import FAMILIES, tiny
 
 import circuitgraph_torch
 from circuitgraph import CircuitGraphError, TraceError, UnknownNameError, _tensors
-from circuitgraph._checkpoint import is_converted
+from circuitgraph._checkpoint import conversion_folder, folder_or_name, is_converted
 from circuitgraph._tensors import read_tensors, tensor, weights_hash
 from circuitgraph._witness import FILE
 from circuitgraph.zoo import zoo_models
@@ -160,10 +160,12 @@ def test_hub_models_are_downloaded_without_pickles(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.smollm2
-def test_smollm2_is_converted_with_a_witness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_smollm2_is_converted_with_a_witness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first test that asks for it, which takes half a minute."""
     found = load("smollm2-135m")
-    assert is_converted(next((tmp_path / "circuitgraph").iterdir()))
+    file = folder_or_name("smollm2-135m")
+    assert isinstance(file, Path)
+    assert is_converted(conversion_folder(file))
     for module in ("_gguf", "_load", "_witness"):
         monkeypatch.setitem(sys.modules, f"circuitgraph_torch.{module}", None)  # not needed any more
     again = load("smollm2-135m")
@@ -179,7 +181,7 @@ def test_a_gguf_file_needs_pytorch_once(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CircuitGraphError, match=r"PyTorch converts once: run pip install 'circuitgraph\[torch\]', or"):
         load(tmp_path / "model.gguf")
-    folder = _load.conversion_folder(tmp_path / "model.gguf")
+    folder = conversion_folder(tmp_path / "model.gguf")
     tiny("llama").save_pretrained(folder)
     assert load(tmp_path / "model.gguf").config["model_type"] == "llama"
     assert converted(tmp_path / "model.gguf") == folder
