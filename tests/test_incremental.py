@@ -22,6 +22,7 @@ from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _changed
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._devices import precisely
+from circuitgraph_torch._changes import Changes
 from circuitgraph_torch._kept import KeptRun
 
 # Plain, parallel, grouped, with a scale that heads share after attention, with norms over all queries, with gaps between layers.
@@ -196,6 +197,25 @@ def test_what_hears_nothing_hears_exactly_nothing(backend: str) -> None:
     values = engine.evaluate(masks)
     assert values[1].tolist() == [0.0] * len(PAIRS)
     assert values[[0, 2]].all()
+
+
+@given(
+    n_writers=st.integers(1, 12), shares=st.lists(st.sampled_from([0.0, 0.3, 0.9, 1.0]), min_size=6, max_size=6), seed=st.integers(0, 2**16)
+)
+def test_changes_are_read_as_they_are_weighed(n_writers: int, shares: list[float], seed: int) -> None:
+    """By readers that hear all, most, few or none of them; two lanes of three readers, from the first layers to the last."""
+    rng = np.random.default_rng(seed)
+    writers = np.flatnonzero(rng.uniform(size=n_writers) < 0.7)
+    changes, said = Changes(writers, 2, torch.zeros(2, 3, 4, dtype=torch.float64)), rng.normal(size=(len(writers), 2, 2, 3, 4))
+    for n_visible in sorted(rng.integers(0, n_writers + 1, size=4)):
+        known = writers < n_visible
+        if known.any():
+            changes.write(writers[known], torch.from_numpy(said[known]))
+        hears = rng.uniform(size=(2, 3, n_visible)) < np.reshape(shares, (2, 3, 1))
+        weights = np.where(hears, 1.0, rng.choice([0.0, 0.5, -1.0], size=hears.shape))
+        got = changes.mix(weights.astype(np.float32))
+        expected = np.einsum("lrw,wlpsd->lrpsd", weights[:, :, writers[known]], said[known])
+        assert np.allclose(0 if got is None else got.numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_other_source_values_start_another_run() -> None:
