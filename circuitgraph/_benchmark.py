@@ -16,6 +16,7 @@ from circuitgraph import _discover, _plugins
 from circuitgraph._circuit import Circuit
 from circuitgraph._engine import Algorithm, Source, SourceKind, TracedModel
 from circuitgraph._errors import CircuitGraphError, FileError, whole_number
+from circuitgraph._remembered import Answers, RememberedEngine
 from circuitgraph.algorithms import Magnitude, Random
 from circuitgraph.evaluation._agreement import matched
 from circuitgraph.evaluation._curve import MIB_GRID, Curve, FaithfulnessCurve
@@ -126,7 +127,8 @@ def benchmark(
     graph. `trace` makes a traced model of what `models` holds.
 
     Every finished cell is a file in `folder`, and the table is `table.md` and `table.json` there; when it is run again, cells that were
-    asked in exactly the same way are read, not repeated. What an algorithm refuses is a cell that says so.
+    asked in exactly the same way are read, not repeated, and one that was interrupted after a minute or more goes on with the answers that
+    its engine had given. What an algorithm refuses is a cell that says so.
     """
     whole_number("benchmark: prompts", prompts, 1)
     folder, chosen = Path(folder), {**BASELINES, **algorithms}
@@ -183,9 +185,11 @@ class _Cells:
         path = self.folder / f"{slug}.json"
         known = _read(path)
         if known is None or known.key != key or known.algorithm != name:
-            known = self._made(name, algorithm, key)
+            answers = Answers(path.with_suffix(".safetensors"), key)
+            known = self._made(name, algorithm, key, answers)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(path, (json.dumps(asdict(known), indent=1, allow_nan=False) + "\n").encode())
+            answers.forget()
         return known
 
     def _key(self, algorithm: Algorithm) -> str:
@@ -196,21 +200,21 @@ class _Cells:
         parts = [SCHEMA, self.traced.name, model, asked, _discover.described(algorithm), reference]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
-    def _made(self, name: str, algorithm: Algorithm, key: str) -> Result:
+    def _made(self, name: str, algorithm: Algorithm, key: str, answers: Answers) -> Result:
         cell: dict[str, Any] = {"model": self.traced.name, "task": self.train.task_name, "algorithm": name, "key": key}
         cell["edges"] = self.traced.graph.n_edges
         try:
-            return Result(**cell, **self._measured(algorithm))
+            return Result(**cell, **self._measured(algorithm, answers))
         except CircuitGraphError as error:
             return Result(**cell, refused=str(error))
 
-    def _measured(self, algorithm: Algorithm) -> dict[str, Any]:
+    def _measured(self, algorithm: Algorithm, answers: Answers) -> dict[str, Any]:
         metric = getattr(algorithm, "default_metric", None) or self.train.metric
         engine = self.traced.bind(self.train.pairs, metric, self.train.source)  # a fresh one: nothing is cached for the next algorithm
         plain = self._plain_forward()
-        started = time.perf_counter()
-        outcome = _discover.outcome_of(algorithm, engine)
-        seconds = time.perf_counter() - started
+        answers.start()
+        outcome = _discover.outcome_of(algorithm, RememberedEngine(engine, answers))
+        seconds = answers.seconds
         if outcome.scores is None:
             raise CircuitGraphError(f"{type(algorithm).__name__} gives no scores, so its edges cannot be ranked")
         if outcome.graph is not None and outcome.graph != self.traced.graph:

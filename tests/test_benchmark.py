@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from engines import traced
+from engines import SHORT, traced
 
+from circuitgraph import _remembered
 from circuitgraph._benchmark import Benchmark, benchmark, known_results
 from circuitgraph._circuit import Circuit
 from circuitgraph._engine import Engine, Outcome
 from circuitgraph._errors import CircuitGraphError, FileError
+from circuitgraph._remembered import Answers, RememberedEngine
 from circuitgraph._task import Prompt, Task
-from circuitgraph.algorithms import EAP
+from circuitgraph.algorithms import ACDC, EAP, ActivationPatching
 
 TASK = Task(
     name="tokens",
@@ -102,3 +104,70 @@ def test_broken_files_and_empty_questions_are_refused(folder: Path, tmp_path: Pa
         table(tmp_path, {"mine": Counted()})
     with pytest.raises(CircuitGraphError, match="no model or no task"):
         benchmark([], [TASK], {}, folder=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- searches that are interrupted
+
+
+class Interrupted(RememberedEngine):
+    """Asked once too often."""
+
+    left: ClassVar[float] = 0
+
+    def evaluate(self, masks: Any, *, source: Any = None) -> Any:
+        if Interrupted.left == 0:
+            raise KeyboardInterrupt
+        Interrupted.left -= 1
+        return super().evaluate(masks, source=source)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [ActivationPatching(max_lanes=4), ActivationPatching(direction="denoising", max_lanes=4), ACDC(threshold=0.01, max_lanes=1)],
+)
+def test_an_interrupted_cell_goes_on_where_it_was(algorithm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (expected,) = table(tmp_path / "whole", {"it": algorithm}).results[2:]
+    monkeypatch.setattr(_remembered, "WRITTEN_EVERY", 0.0)
+    monkeypatch.setattr("circuitgraph._benchmark.RememberedEngine", Interrupted)
+    for Interrupted.left in (3, 5, 4):  # the second goes on, the third has less than the second had
+        with pytest.raises(KeyboardInterrupt):
+            table(tmp_path, {"it": algorithm})
+    (file,) = tmp_path.glob("*--it.safetensors")
+    before = file.read_bytes()
+    Interrupted.left, asked = float("inf"), []
+    keep = Answers.keep
+    monkeypatch.setattr(Answers, "keep", lambda self, question, answer: (asked.append(question), keep(self, question, answer)))
+    (found,) = table(tmp_path, {"it": algorithm}).results[2:]
+    assert (found.faithfulness, found.cmd, found.kept) == (expected.faithfulness, expected.cmd, expected.kept)
+    assert not file.exists()
+    file.write_bytes(before)
+    known, _ = _remembered._read(file, found.key)
+    assert len(known) >= 4
+    assert asked
+    assert not known.keys() & set(asked)
+
+
+def test_answers_are_those_of_one_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_remembered, "WRITTEN_EVERY", 0.0)
+    engine, file = traced("reference").bind(SHORT, "logit_diff"), tmp_path / "cell.safetensors"
+    remembered = RememberedEngine(engine, Answers(file, "key"))
+    masks = np.random.default_rng(0).uniform(size=(2, *engine.graph.shape))
+    given = engine.source_values()
+    for asked, one in [(remembered, engine), (remembered.reversed(), engine.reversed()), (remembered.reversed().reversed(), engine)]:
+        for _ in range(2):
+            assert np.array_equal(asked.evaluate(masks), one.evaluate(masks))
+            assert np.array_equal(asked.evaluate(masks[:1]), one.evaluate(masks[:1]))
+            assert np.array_equal(asked.evaluate(masks, source=given), one.evaluate(masks, source=given))
+    asked = remembered.evaluate(masks)
+    asked[:] = 0
+    assert remembered.evaluate(masks).any()
+    again = Answers(file, "key")
+    assert again.seconds > 0
+    monkeypatch.setattr(type(engine), "evaluate", lambda *_: pytest.fail("it was asked again"))
+    assert np.array_equal(RememberedEngine(engine, again).evaluate(masks), remembered.evaluate(masks))
+    assert not Answers(file, "another key")._known
+    again.forget()
+    assert not Answers(file, "key")._known
+    file.write_bytes(b"no tensors")
+    with pytest.raises(FileError, match=r"cell\.safetensors is not what an interrupted search leaves .*; remove it"):
+        Answers(file, "key")

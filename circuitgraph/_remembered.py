@@ -1,0 +1,144 @@
+"""An engine whose answers to `evaluate` are kept in a file, so that a search of hours goes on where it was interrupted.
+
+The algorithm begins again and asks the same questions in the same order; what was answered before is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from circuitgraph._engine import EXACT, Engine, Rule, WriterValues
+from circuitgraph._errors import FileError
+from circuitgraph._graph import Graph
+from circuitgraph._metrics import Metric
+from circuitgraph.files import write_bytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+WRITTEN_EVERY = 60.0  # seconds
+
+
+class Answers:
+    """What was answered so far, by a hash of the question, and in how many seconds. The file is written at most once a minute.
+
+    `key` says what all of it depends on: answers under another one count for nothing. Raises `FileError` for a file that is none.
+    """
+
+    def __init__(self, file: Path, key: str) -> None:
+        self._file, self._key = file, key
+        self._known, self._seconds = _read(file, key)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count the seconds."""
+        self._began = self._written = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """All that was spent on the search: since the start, and what came before the file was written."""
+        return self._seconds + time.perf_counter() - self._began
+
+    def of(self, question: str) -> Float[ndarray, "lanes prompts"] | None:
+        known = self._known.get(question)
+        return None if known is None else known.copy()
+
+    def keep(self, question: str, answer: Float[ndarray, "lanes prompts"]) -> None:
+        self._known[question] = answer.copy()
+        if time.perf_counter() - self._written >= WRITTEN_EVERY:
+            self._write()
+            self._written = time.perf_counter()
+
+    def forget(self) -> None:
+        """Nothing is left to go on with."""
+        self._file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        import safetensors.numpy
+
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"key": self._key, "seconds": repr(self.seconds)}
+        write_bytes(self._file, safetensors.numpy.save(self._known, metadata))
+
+
+class RememberedEngine:
+    """An engine that is asked only what nobody has answered yet, of `evaluate` with its own source."""
+
+    def __init__(self, engine: Engine, answers: Answers, name: str = "") -> None:
+        self._engine, self._answers, self._name = engine, answers, name
+
+    @property
+    def graph(self) -> Graph:
+        return self._engine.graph
+
+    @property
+    def metric(self) -> Metric:
+        return self._engine.metric
+
+    @property
+    def n_prompts(self) -> int:
+        return self._engine.n_prompts
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return self._engine.spans
+
+    def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> WriterValues:
+        return self._engine.activations(mask, source=source)
+
+    def source_values(self) -> WriterValues:
+        return self._engine.source_values()
+
+    def evaluate(
+        self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "lanes prompts"]:
+        if source is not None:
+            return self._engine.evaluate(masks, source=source)
+        asked = np.ascontiguousarray(masks)
+        described = f"{self._name} {asked.dtype} {asked.shape} ".encode()
+        question = hashlib.sha256(described + asked.tobytes()).hexdigest()
+        answer = self._answers.of(question)
+        if answer is None:
+            answer = self._engine.evaluate(masks)
+            self._answers.keep(question, answer)
+        return answer
+
+    def gradient(
+        self,
+        mask: Float[ndarray, "readers writers"],
+        *,
+        source: WriterValues | None = None,
+        mix: float | Sequence[float] = 1.0,
+        rule: Rule = EXACT,
+    ) -> Float[ndarray, "prompts readers writers"]:
+        return self._engine.gradient(mask, source=source, mix=mix, rule=rule)
+
+    def source_gradient(
+        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
+    ) -> Float[ndarray, "prompts writers d_model"]:
+        return self._engine.source_gradient(mask, source=source)
+
+    def reversed(self) -> RememberedEngine:
+        return type(self)(self._engine.reversed(), self._answers, "" if self._name else "reversed")
+
+
+def _read(file: Path, key: str) -> tuple[dict[str, Float[ndarray, "lanes prompts"]], float]:
+    import safetensors
+
+    if not file.exists():
+        return {}, 0.0
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            said = opened.metadata() or {}
+            if said.get("key") != key:
+                return {}, 0.0
+            return {name: opened.get_tensor(name) for name in opened.keys()}, float(said["seconds"])  # noqa: SIM118  # no mapping
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise FileError(f"{file} is not what an interrupted search leaves ({error}); remove it, and the search begins anew") from error
