@@ -51,10 +51,11 @@ def table(found: Sequence[dict[str, Any]], rounds: int) -> Table:
     answers = [(name, case) for model, name in asked for case in found if case["model"] == model and name in case["methods"]]
     note = (
         f"Median (smallest to largest) of {rounds} rounds of EAP, and of fewer of the others; a ratio is that of one round. Compilation: "
-        "what the first call takes longer than later ones (tracing the model compiles too, and is not counted here). Memory: of the "
-        f"process in which all methods ran. Bar: EAP in at most {MOST_FORWARDS:.0f} plain JAX forwards."
+        "what the first call takes longer than later ones, after the methods above it (tracing the model compiles too, and is not counted "
+        f"here). Memory: of the process in which all methods ran. Bar: EAP in at most {MOST_FORWARDS:.0f} plain JAX forwards."
     )
-    return Table("PyTorch against JAX", _COLUMNS, [_row(*answer) for answer in answers], (note,))
+    models = ", ".join(dict.fromkeys(_TITLES[case["model"]] for case in found))
+    return Table(f"PyTorch against JAX: {models}", _COLUMNS, [_row(*answer) for answer in answers], (note,))
 
 
 def _row(name: str, case: dict[str, Any]) -> tuple[str, ...]:

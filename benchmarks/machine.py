@@ -15,12 +15,12 @@ _PACKAGES = ("circuitgraph", "torch", "transformers", "nnsight", "jax", "equinox
 
 
 def description() -> dict[str, str]:
-    """CPU, cores, memory, versions."""
+    """CPU, cores, memory, versions; of the kernel without the build, which says more of who hosts a virtual machine than of its speed."""
     found = {
         "CPU": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "Python": platform.python_version(),
     }
     return found | {name: _version(name) for name in _PACKAGES}
