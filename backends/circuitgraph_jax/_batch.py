@@ -20,7 +20,7 @@ from circuitgraph._metrics import Metric
 from circuitgraph._pairs import Bucket, TokenSets
 from circuitgraph._sites import Sites
 from circuitgraph_jax import _queries as queries
-from circuitgraph_jax._changed import Changes, Kept
+from circuitgraph_jax._changed import Changes, Kept, hears_the_stream
 from circuitgraph_jax._decoder import Decoder
 from circuitgraph_jax._devices import Devices
 from circuitgraph_jax._resumed import Own
@@ -103,6 +103,7 @@ class Batch:
         self._differences: tuple[SourceRun, Array] | None = None
         self._unmixed: tuple[SourceRun, bytes, Array] | None = None
         self._kept: tuple[SourceRun, Kept, Incremental] | None = None
+        self._by_stream = False  # of the lanes last asked about
 
     def __len__(self) -> int:
         return len(self.index)
@@ -147,10 +148,12 @@ class Batch:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
         for part in plan.parts:
+            if part.changed.writers.any():  # else it is all the same, and what is compiled will do
+                self._by_stream = hears_the_stream(self._parts.sites, part, masks[part.lanes])
             for lot in self._lots(len(part.lanes), self._devices.n_lanes):
                 lanes = part.lanes[lot]
                 run = (self._start(part), kept, kept_mask, source.whole, self._question, self._changes(part, masks[lanes]))
-                values = queries.evaluate_from(self.decoder, self._metric, self._by_lane(masks[lanes]), *run)
+                values = queries.evaluate_from(self.decoder, self._metric, self._by_lane(masks[lanes]), *run, self._by_stream)
                 out[lanes] = np.asarray(values)[: len(lanes), : len(self)]
         return out
 

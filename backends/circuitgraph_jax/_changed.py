@@ -91,6 +91,15 @@ class Changes(eqx.Module):
         return one
 
 
+def hears_the_stream(sites: Sites, part: Part, masks: Float[ndarray, "lanes readers writers"]) -> bool:
+    """Whether all that these lanes hear of a change is the stream's change, as in a sweep over single edges: then nobody has to remember
+    what single writers say, and in a layer without other rows all readers hear the same."""
+    others = np.ones(masks.shape[1], dtype=bool)
+    others[part.readers] = False
+    is_the_models = ((masks[:, others] == 1) | ~sites.graph.visible[others]).all()
+    return bool(is_the_models) and not _blocks(sites, part, masks).any()
+
+
 def _blocks(sites: Sites, part: Part, masks: Float[ndarray, "lanes readers writers"]) -> Int[ndarray, "ends 2"]:
     """Per layer and for the logits, from which block to before which some reader of some lane hears a writer that changes other than
     through the whole stream, or not although it hears the stream. As `Edges.of` chooses between the two."""
@@ -128,20 +137,22 @@ class Rows(eqx.Module):
 
 
 class Run(eqx.Module):
-    """How far a run is from the kept one so far: what the writers say, the sum of that, and, of a run to be kept, all readers' inputs."""
+    """How far a run is from the kept one so far: what the writers say, unless nobody asks, the sum of that, and, of a run to be kept, all
+    readers' inputs."""
 
-    bank: Float[Array, "writers position d_model"]
+    bank: Float[Array, "writers position d_model"] | None
     stream: Float[Array, "position d_model"]
     inputs: Float[Array, "readers position d_model"] | None
 
     @classmethod
-    def of(cls, kept: Kept, inputs: Float[Array, "readers position d_model"] | None) -> Run:
+    def of(cls, kept: Kept, inputs: Float[Array, "readers position d_model"] | None, *, has_bank: bool = True) -> Run:
         n_writers, *shape = kept.differences.shape
-        zeros = jnp.zeros((n_writers + -n_writers % BLOCK, *shape), kept.differences.dtype)
-        return cls(zeros, zeros[0], inputs)
+        bank = jnp.zeros((n_writers + -n_writers % BLOCK, *shape), kept.differences.dtype) if has_bank else None
+        return cls(bank, jnp.zeros(shape, kept.differences.dtype), inputs)
 
     def say(self, changes: Float[Array, "some position d_model"], at: Int[Array, ""]) -> Run:
-        return replace(self, bank=keep(self.bank, changes, at), stream=self.stream + changes.sum(0))
+        bank = None if self.bank is None else keep(self.bank, changes, at)
+        return replace(self, bank=bank, stream=self.stream + changes.sum(0))
 
     def only_kept(self, inputs: Float[Array, "some position d_model"]) -> Float[Array, "some position d_model"] | None:
         """None in a run that is not kept: a branch would make what nobody asks for."""
@@ -163,21 +174,24 @@ class _Step(eqx.Module):
 
 
 class Difference(eqx.Module):
-    """A run under a mask, one lane on one prompt: the `rows` of its mask, the kept run, and what the source says and readers hear of it."""
+    """A run under a mask, one lane on one prompt: the `rows` of its mask, the kept run, and what the source says and readers hear of it.
+    `by_stream`: `hears_the_stream` holds."""
 
     rows: Rows
     kept: Kept
     said: Float[Array, "writers span d_model"]
     streams: SourceStreams
+    by_stream: bool = eqx.field(static=True, default=False)
 
     def end(self, decoder: Decoder, start: Int[Array, ""], changes: Changes) -> Float[Array, " d_model"]:
         """The logits' input at the last position, where the first reader with another row is in layer `start`."""
-        return self._end(self._run(decoder, start, changes, Run.of(self.kept, None)), changes)[0, -1]
+        return self._end(self._run(decoder, start, changes, Run.of(self.kept, None, has_bank=not self.by_stream)), changes)[0, -1]
 
     def moved(self, decoder: Decoder, start: Int[Array, ""], changes: Changes) -> Kept:
         """What is heard and said in this run, wherever it is needed there; what is dead says and hears what it did."""
         run = self._run(decoder, start, changes, Run.of(self.kept, self.kept.inputs))
         assert run.inputs is not None
+        assert run.bank is not None
         inputs = run.inputs.at[-1:, -1:].set(self._end(run, changes))
         return Kept(inputs, self.kept.differences + run.bank[: len(self.kept.differences)])
 
@@ -201,7 +215,7 @@ class Difference(eqx.Module):
         return run
 
     def _attention(self, run: Run, here: _Step, attention: Attention) -> Run:
-        """What its readers hear is read at once; then one bundle of heads after another speaks."""
+        """What its readers hear is read at once; then one bundle of heads after another speaks, or all where they hear the same."""
         size, readers = attention.bundle_size, here.first_reader + jnp.arange(attention.n_readers)
         nothing = jnp.zeros((attention.n_heads, *run.stream.shape), run.stream.dtype)
 
@@ -213,17 +227,31 @@ class Difference(eqx.Module):
                 some, heads = attention.bundle(here.changes.bundles[number])
                 extents = lax.dynamic_slice_in_dim(here.changes.heads, first, size)
 
-                def change(where: slice) -> Array:
-                    changes = self._change(heads.write_each(heads.mix_at(where, x[some])), here.first_writer + first, where)
-                    return nothing[:size].at[:, where].set(jnp.where(extents[:, None, None] > DEAD, changes, 0))
-
-                of_bundle = lax.cond(extents.max() == ALL, lambda: change(EVERYWHERE), lambda: change(AT_THE_END))
-                return keep(changes, of_bundle, first)
+                return keep(changes, self._spoken(heads, x[some], here.first_writer + first, extents), first)
 
             return lax.fori_loop(0, here.changes.n_bundles, speak, nothing), run.only_kept(x)
 
-        changes, inputs = lax.cond(here.changes.n_bundles > 0, bundles, lambda: (nothing, run.only_kept(self.kept.inputs[readers])))
+        def all_together() -> tuple[Array, None]:
+            x = self.kept.inputs[here.first_reader] + run.stream
+            return self._spoken(attention, x[None], here.first_writer, here.changes.heads), None
+
+        def speak_at_all() -> tuple[Array, Array | None]:
+            return lax.cond(here.changes.has_other_rows, bundles, all_together) if self.by_stream else bundles()
+
+        changes, inputs = lax.cond(here.changes.n_bundles > 0, speak_at_all, lambda: (nothing, run.only_kept(self.kept.inputs[readers])))
         return run.say(changes, here.first_writer).hear(inputs, here.first_reader)
+
+    def _spoken(
+        self, heads: Attention, x: Float[Array, "some position d_model"], at: Int[Array, ""], extents: Int[Array, " heads"]
+    ) -> Float[Array, "heads position d_model"]:
+        """How far what some heads say is from what they said in the kept run, where they change."""
+
+        def change(where: slice) -> Array:
+            changes = self._change(heads.write_each(heads.mix_at(where, x)), at, where)
+            nothing = jnp.zeros((len(changes), *x.shape[1:]), changes.dtype)
+            return nothing.at[:, where].set(jnp.where(extents[: len(changes), None, None] > DEAD, changes, 0))
+
+        return lax.cond(extents.max() == ALL, lambda: change(EVERYWHERE), lambda: change(AT_THE_END))  # type: ignore[no-any-return]
 
     def _mlp(self, run: Run, stream: Float[Array, "position d_model"], here: _Step, mlp: MLP) -> Run:
         reader = here.first_reader + here.layer.n_attention_readers
@@ -248,7 +276,7 @@ class Difference(eqx.Module):
     def _heard(
         self,
         readers: Int[Array, " some"],
-        bank: Float[Array, "writers position d_model"],
+        bank: Float[Array, "writers position d_model"] | None,
         stream: Float[Array, "position d_model"],
         source: Float[Array, "span d_model"],
         changes: Changes,
@@ -263,7 +291,9 @@ class Difference(eqx.Module):
             further = (rows.others @ differences.reshape(len(differences), -1)).reshape(known.shape)
             return jnp.where(is_near, known, source[where]) + further
 
-        x = lax.cond(changes.has_other_rows, through_other_rows, lambda: known) + jnp.where(is_near, stream[where], 0)
+        x: Array = lax.cond(changes.has_other_rows, through_other_rows, lambda: known) + jnp.where(is_near, stream[where], 0)
+        if bank is None:
+            return x
 
         def and_a_block(number: Int[Array, ""], x: Array) -> Array:
             coefficients = lax.dynamic_slice_in_dim(rows.edges.coefficients, number * BLOCK, BLOCK, axis=1)

@@ -193,9 +193,11 @@ class Attention(eqx.Module):
         return self._mix(projected[: self.n_heads], projected[self.n_heads :], EVERYTHING)
 
     def mix_at(self, where: slice, x: Float[Array, "readers position d_model"]) -> Float[Array, "heads positions head_dim"]:
-        """The heads' mixed values at some positions, from the readers' inputs: nothing is asked at other positions."""
+        """The heads' mixed values at some positions, from the readers' inputs, or the one that all of them share: nothing is asked at other
+        positions."""
         asking, asked = slice(self.n_heads), slice(self.n_heads, None)
-        return self._mix(self._project(x[asking, where], asking), self._project(x[asked], asked), where)
+        askers, others = (x, x) if len(x) == 1 else (x[asking], x[asked])
+        return self._mix(self._project(askers[:, where], asking), self._project(others, asked), where)
 
     def _project(self, x: Float[Array, "some positions d_model"], readers: slice) -> Float[Array, "readers positions head_dim"]:
         y, weights = x if self.norm is None else self.norm(x), self.weights[readers]

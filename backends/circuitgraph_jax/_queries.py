@@ -193,14 +193,15 @@ def evaluate_from(
     source: Source,
     question: Question,
     changes: Changes,
+    by_stream: bool,
 ) -> Float[Array, "lanes prompts"]:
-    """`F` of masks that have other rows than the kept run from layer `start` on."""
+    """`F` of masks that have other rows than the kept run from layer `start` on. `by_stream`: as of a `Difference`."""
 
     def lane(mask: Array) -> Array:
         rows = Rows.of(mask, kept_mask, decoder.visible)
 
         def one(kept: Kept, said: Array, streams: SourceStreams, question: Question) -> Array:
-            return question.measure(decoder, metric, Difference(rows, kept, said, streams).end(decoder, start, changes))
+            return question.measure(decoder, metric, Difference(rows, kept, said, streams, by_stream).end(decoder, start, changes))
 
         return jax.vmap(one)(kept, source.values, source.streams, question)
 
