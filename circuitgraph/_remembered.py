@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuitgraph._engine import EXACT, Engine, Rule, WriterValues
+from circuitgraph._around import Around
+from circuitgraph._engine import WriterValues
 from circuitgraph._errors import FileError
-from circuitgraph._graph import Graph
-from circuitgraph._metrics import Metric
 from circuitgraph.files import write_bytes
 
 if TYPE_CHECKING:
@@ -68,65 +67,29 @@ class Answers:
         write_bytes(self._file, safetensors.numpy.save(self._known, metadata))
 
 
-class RememberedEngine:
+@dataclass(frozen=True, eq=False)
+class RememberedEngine(Around):
     """An engine that is asked only what nobody has answered yet, of `evaluate` with its own source."""
 
-    def __init__(self, engine: Engine, answers: Answers, name: str = "") -> None:
-        self._engine, self._answers, self._name = engine, answers, name
-
-    @property
-    def graph(self) -> Graph:
-        return self._engine.graph
-
-    @property
-    def metric(self) -> Metric:
-        return self._engine.metric
-
-    @property
-    def n_prompts(self) -> int:
-        return self._engine.n_prompts
-
-    @property
-    def spans(self) -> tuple[str, ...]:
-        return self._engine.spans
-
-    def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> WriterValues:
-        return self._engine.activations(mask, source=source)
-
-    def source_values(self) -> WriterValues:
-        return self._engine.source_values()
+    answers: Answers
+    is_reversed: bool = False
 
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
     ) -> Float[ndarray, "lanes prompts"]:
         if source is not None:
-            return self._engine.evaluate(masks, source=source)
+            return self.engine.evaluate(masks, source=source)
         asked = np.ascontiguousarray(masks)
-        described = f"{self._name} {asked.dtype} {asked.shape} ".encode()
+        described = f"{self.is_reversed} {asked.dtype} {asked.shape} ".encode()
         question = hashlib.sha256(described + asked.tobytes()).hexdigest()
-        answer = self._answers.of(question)
+        answer = self.answers.of(question)
         if answer is None:
-            answer = self._engine.evaluate(masks)
-            self._answers.keep(question, answer)
+            answer = self.engine.evaluate(masks)
+            self.answers.keep(question, answer)
         return answer
 
-    def gradient(
-        self,
-        mask: Float[ndarray, "readers writers"],
-        *,
-        source: WriterValues | None = None,
-        mix: float | Sequence[float] = 1.0,
-        rule: Rule = EXACT,
-    ) -> Float[ndarray, "prompts readers writers"]:
-        return self._engine.gradient(mask, source=source, mix=mix, rule=rule)
-
-    def source_gradient(
-        self, mask: Float[ndarray, "readers writers"], *, source: WriterValues | None = None
-    ) -> Float[ndarray, "prompts writers d_model"]:
-        return self._engine.source_gradient(mask, source=source)
-
     def reversed(self) -> RememberedEngine:
-        return type(self)(self._engine.reversed(), self._answers, "" if self._name else "reversed")
+        return replace(self, engine=self.engine.reversed(), is_reversed=not self.is_reversed)
 
 
 def _read(file: Path, key: str) -> tuple[dict[str, Float[ndarray, "lanes prompts"]], float]:

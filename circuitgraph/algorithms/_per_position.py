@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from circuitgraph._around import Around
 from circuitgraph._engine import (
     EXACT,
     Algorithm,
@@ -21,7 +22,6 @@ from circuitgraph._engine import (
 )
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
-from circuitgraph._metrics import Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,10 +79,8 @@ class PerPosition:
 
 
 @dataclass(frozen=True, eq=False)
-class BySpan:
+class BySpan(Around):
     """An engine over the graph split by the spans of its prompts. Raises `CircuitGraphError` where they have none."""
-
-    engine: Engine
 
     def __post_init__(self) -> None:
         if not self.engine.spans:
@@ -94,14 +92,6 @@ class BySpan:
     @cached_property
     def graph(self) -> Graph:
         return self.engine.graph.by_span(self.engine.spans)
-
-    @property
-    def metric(self) -> Metric:
-        return self.engine.metric
-
-    @property
-    def n_prompts(self) -> int:
-        return self.engine.n_prompts
 
     @property
     def spans(self) -> tuple[str, ...]:

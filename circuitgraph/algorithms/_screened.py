@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuitgraph._around import Around
 from circuitgraph._engine import EXACT, Algorithm, Engine, Outcome, Rule, WriterValues, checked_algorithm, last_outcome, outcomes
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph._graph import Graph
-from circuitgraph._metrics import Metric
 from circuitgraph.algorithms._ensemble import shared_metric
 from circuitgraph.selection import TopN
 from circuitgraph.selection._selector import check_size, edges_asked
@@ -93,33 +93,17 @@ class ScreenedBy:
 
 
 @dataclass(frozen=True, eq=False)
-class _Restricted:
+class _Restricted(Around):
     """An engine whose graph has only some of the edges; the others are never live."""
 
-    engine: Engine
     kept: Bool[ndarray, "readers writers"]
 
     @cached_property
     def graph(self) -> Graph:
         return replace(self.engine.graph, visible=self.kept)
 
-    @property
-    def metric(self) -> Metric:
-        return self.engine.metric
-
-    @property
-    def n_prompts(self) -> int:
-        return self.engine.n_prompts
-
-    @property
-    def spans(self) -> tuple[str, ...]:
-        return self.engine.spans
-
     def activations(self, mask: Float[ndarray, "readers writers"] | None = None, *, source: WriterValues | None = None) -> WriterValues:
         return self.engine.activations(self.kept.astype(np.float32) if mask is None else self._within(mask), source=source)
-
-    def source_values(self) -> WriterValues:
-        return self.engine.source_values()
 
     def evaluate(
         self, masks: Float[ndarray, "lanes readers writers"], *, source: WriterValues | None = None
