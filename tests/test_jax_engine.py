@@ -161,8 +161,8 @@ def test_a_shape_is_compiled_once() -> None:
         ACDC(threshold=0.3, group_first=False).run(engine)
     assert outcome.record["lanes"] > 50
     by_query = {name: n for name, n in of_acdc.items() if any(name == f"jit({query})" for query in vars(queries))}
-    for query in ("evaluate", "evaluate_from"):
-        assert by_query.pop(f"jit({query})", 0) <= 3, "lanes come by 1, 4 and 16"
+    for query, most in {"evaluate": 3, "evaluate_from": 4}.items():
+        assert by_query.pop(f"jit({query})", 0) <= most, "lanes come by 1, 4 and 16, the first of them perhaps without a bank"
     assert set(by_query.values()) == {1}, by_query
     with compilations() as again:
         ACDC(threshold=0.3).run(engine)
