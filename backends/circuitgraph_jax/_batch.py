@@ -103,7 +103,7 @@ class Batch:
         self._differences: tuple[SourceRun, Array] | None = None
         self._unmixed: tuple[SourceRun, bytes, Array] | None = None
         self._kept: tuple[SourceRun, Kept, Incremental] | None = None
-        self._by_stream = self._needs_bank = False  # of the lanes so far, where any of them changed what somebody says
+        self._by_stream = False  # of the lanes last asked about that changed what somebody says
 
     def __len__(self) -> int:
         return len(self.index)
@@ -148,9 +148,8 @@ class Batch:
             return self._fresh(masks, source)
         out = np.empty((len(masks), len(self)))
         for part in plan.parts:
-            if part.changed.writers.any() and not self._needs_bank:  # else it is all the same, or what is compiled will do
+            if part.changed.writers.any():  # else it is all the same, and what is compiled will do
                 self._by_stream = hears_the_stream(self._parts.sites, part, masks[part.lanes])
-                self._needs_bank = not self._by_stream
             for lot in self._lots(len(part.lanes), self._devices.n_lanes):
                 lanes = part.lanes[lot]
                 run = (self._start(part), kept, kept_mask, source.whole, self._question, self._changes(part, masks[lanes]))
