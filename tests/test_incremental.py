@@ -147,6 +147,27 @@ def test_a_sweep_over_all_edges_is_what_single_runs_say(family: str, backend: st
     assert backend == "torch" or sum(by_stream) > 0.5 * len(by_stream)
 
 
+def test_lanes_by_the_stream_may_go_on_from_a_moved_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads of the last layer hear the same in these lanes, the first of them, which was dead in the kept run, too."""
+    by_stream: list[bool] = []
+    monkeypatch.setattr(queries, "evaluate_from", lambda *args, run=queries.evaluate_from: by_stream.append(args[-1]) or run(*args))
+    model = traced("gpt_neox", "jax")
+    graph, ones = model.graph, model.graph.visible.astype(np.float32)
+    engine, other = model.bind(PAIRS, "nll"), model.bind(PAIRS, "nll")
+    last = max(reader.layer for reader in graph.readers)
+    mlp, logits = graph.reader_id("m0"), len(graph.readers) - 1
+    moved = ones.copy()
+    moved[mlp, 0] = moved[logits, graph.writer_id(f"a{last}.h0")] = 0
+    lanes = np.repeat(moved[None], 2, axis=0)
+    engine.evaluate(lanes)
+    assert not any(by_stream)
+    lanes[:, mlp, 0] = 0.3, 0.7
+    lanes[:, logits, 0] = 0
+    lanes[1, logits, 1] = 0
+    np.testing.assert_allclose(engine.evaluate(lanes), fresh(other, lanes), rtol=0, atol=1e-4)
+    assert by_stream[-1]
+
+
 def test_rounding_does_not_add_up() -> None:
     """Many more moves than the kept run lives for, each there and back."""
     model = traced("llama")

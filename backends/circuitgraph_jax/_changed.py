@@ -93,7 +93,8 @@ class Changes(eqx.Module):
 
 def hears_the_stream(sites: Sites, part: Part, masks: Float[ndarray, "lanes readers writers"]) -> bool:
     """Whether all that these lanes hear of a change is the stream's change, as in a sweep over single edges: then nobody has to remember
-    what single writers say, and in a layer without other rows all readers hear the same."""
+    what single writers say, and in a layer without other rows all readers hear the same. (So they did in a kept run that has moved: where a
+    head of a layer changed, the inputs of all its readers were kept, of dead ones too.)"""
     others = np.ones(masks.shape[1], dtype=bool)
     others[part.readers] = False
     is_the_models = ((masks[:, others] == 1) | ~sites.graph.visible[others]).all()
