@@ -82,7 +82,7 @@ def test_blocks_in_which_nothing_changes_are_passed_over(monkeypatch: pytest.Mon
     engine, other = model.bind(pairs, "nll"), model.bind(pairs, "nll")
     rng, now = np.random.default_rng(0), model.graph.visible.astype(np.float32)
     edges, n_lanes = np.argwhere(model.graph.visible), []
-    monkeypatch.setattr(queries, "evaluate_from", lambda *args, run=queries.evaluate_from: n_lanes.append(len(args[2])) or run(*args))
+    monkeypatch.setattr(queries, "ends_from", lambda *args, run=queries.ends_from: n_lanes.append(len(args[1])) or run(*args))
     for _ in range(24):
         masks = np.stack([now, now])
         row = rng.choice(edges[:, 0])
@@ -133,7 +133,7 @@ def test_acdc_decides_as_with_runs_from_the_input(family: str, monkeypatch: pyte
 def test_a_sweep_over_all_edges_is_what_single_runs_say(family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In JAX most lanes by a program of their own, in which nobody remembers what single writers say."""
     by_stream: list[bool] = []
-    monkeypatch.setattr(queries, "evaluate_from", lambda *args, run=queries.evaluate_from: by_stream.append(args[-1]) or run(*args))
+    monkeypatch.setattr(queries, "ends_from", lambda *args, run=queries.ends_from: by_stream.append(args[-1]) or run(*args))
     model = traced(family, backend)
     engine, other = model.bind(PAIRS, "nll"), model.bind(PAIRS, "nll")
     scores = ActivationPatching(max_lanes=4).run(engine).scores
@@ -150,7 +150,7 @@ def test_a_sweep_over_all_edges_is_what_single_runs_say(family: str, backend: st
 def test_lanes_by_the_stream_may_go_on_from_a_moved_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """All heads of the last layer hear the same in these lanes, the first of them, which was dead in the kept run, too."""
     by_stream: list[bool] = []
-    monkeypatch.setattr(queries, "evaluate_from", lambda *args, run=queries.evaluate_from: by_stream.append(args[-1]) or run(*args))
+    monkeypatch.setattr(queries, "ends_from", lambda *args, run=queries.ends_from: by_stream.append(args[-1]) or run(*args))
     model = traced("gpt_neox", "jax")
     graph, ones = model.graph, model.graph.visible.astype(np.float32)
     engine, other = model.bind(PAIRS, "nll"), model.bind(PAIRS, "nll")

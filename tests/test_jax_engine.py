@@ -57,7 +57,7 @@ def uniform(engine: Any, seed: int = 0) -> np.ndarray:
 
 
 def pushed_forward(engine: Any, mask: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """`dF` along a direction, per prompt, by JAX's forward mode through `evaluate`: nothing of the backward pass is used."""
+    """`dF` along a direction, per prompt, by JAX's forward mode through `ends`: nothing of the backward pass is used."""
     (batch,) = engine.batches
     with precisely("float64"):
         source = engine._source_run(0, None)
@@ -65,7 +65,8 @@ def pushed_forward(engine: Any, mask: np.ndarray, direction: np.ndarray) -> np.n
 
         def values(mask: Any) -> Any:
             where = (jnp.asarray(0, jnp.int32), Own(batch.live.streams, differences, batch.live.active), source.whole)
-            return queries.evaluate(batch.decoder, engine.metric, mask[None], *where, batch._question)[0]
+            ends = queries.ends(batch.decoder, mask[None], *where)
+            return queries.measured(batch.decoder, engine.metric, ends, batch._question)[0]
 
         return np.asarray(jax.jvp(values, (jnp.asarray(mask),), (jnp.asarray(direction),))[1])
 
@@ -161,7 +162,7 @@ def test_a_shape_is_compiled_once() -> None:
         ACDC(threshold=0.3, group_first=False).run(engine)
     assert outcome.record["lanes"] > 50
     by_query = {name: n for name, n in of_acdc.items() if any(name == f"jit({query})" for query in vars(queries))}
-    for query, most in {"evaluate": 3, "evaluate_from": 4}.items():
+    for query, most in {"ends": 3, "ends_from": 4, "measured": 3}.items():
         assert by_query.pop(f"jit({query})", 0) <= most, "lanes come by 1, 4 and 16, the first of them perhaps without a bank"
     assert set(by_query.values()) == {1}, by_query
     with compilations() as again:
@@ -204,19 +205,20 @@ from circuitgraph_jax import _queries as queries
 shapes, hlo, watch_hlo = [], {}, False
 
 def watch(name):
-    evaluate = getattr(queries, name)
+    query = getattr(queries, name)
 
     def watched(*args):
-        values = evaluate(*args)
-        shapes.append((values.shape, values.addressable_shards[0].data.shape))
+        values = query(*args)
+        if name == "measured":
+            shapes.append((values.shape, values.addressable_shards[0].data.shape))
         if watch_hlo and name not in hlo:
-            hlo[name] = evaluate.lower(*args).compile().compiled.as_text()
+            hlo[name] = query.lower(*args).compile().compiled.as_text()
         return values
 
     setattr(queries, name, watched)
 
-watch("evaluate")
-watch("evaluate_from")
+for name in ("ends", "ends_from", "measured"):
+    watch(name)
 
 def same(got, expected):
     got, expected = np.asarray(got), np.asarray(expected)
@@ -261,7 +263,7 @@ for algorithm in (EAP(), ActivationPatching(max_lanes=4), ACDC(threshold=0.05, m
     assert np.array_equal(got.mask, expected.mask)
     same(got.scores, expected.scores)
 everything.close()
-assert "evaluate_from" in hlo
+assert {"ends_from", "measured"} <= hlo.keys()
 assert not any(name in text for text in hlo.values() for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 """
 
@@ -338,8 +340,8 @@ def test_prompts_and_lanes_that_memory_cuts_change_nothing(monkeypatch: pytest.M
     for batch in whole.batches:
         batch._parts = small
     lanes: list[int] = []
-    evaluate = queries.evaluate
-    monkeypatch.setattr(queries, "evaluate", lambda *args: lanes.append(len(args[2])) or evaluate(*args))
+    ends = queries.ends
+    monkeypatch.setattr(queries, "ends", lambda *args: lanes.append(len(args[1])) or ends(*args))
     assert np.allclose(whole.evaluate(masks), expected[0], atol=2e-5)
     assert lanes == [1] * 12
     cut = replace(traced("llama"), _parts=small).bind(pairs, "logit_diff")

@@ -152,9 +152,9 @@ class Batch:
                 self._by_stream = hears_the_stream(self._parts.sites, part, masks[part.lanes])
             for lot in self._lots(len(part.lanes), self._devices.n_lanes):
                 lanes = part.lanes[lot]
-                run = (self._start(part), kept, kept_mask, source.whole, self._question, self._changes(part, masks[lanes]))
-                values = queries.evaluate_from(self.decoder, self._metric, self._by_lane(masks[lanes]), *run, self._by_stream)
-                out[lanes] = np.asarray(values)[: len(lanes), : len(self)]
+                run = (self._start(part), kept, kept_mask, source.whole, self._changes(part, masks[lanes]))
+                ends = queries.ends_from(self.decoder, self._by_lane(masks[lanes]), *run, self._by_stream)
+                out[lanes] = self._measured(ends, len(lanes))
         return out
 
     def _planned(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> tuple[Kept, Array, Plan]:
@@ -180,10 +180,13 @@ class Batch:
         out, own = np.empty((len(masks), len(self))), Own(self.live.streams, self._live_differences(source), self.live.active)
         for lot in self._lots(len(masks), self._devices.n_lanes):
             lanes = order[lot]
-            run = (jnp.asarray(starts[lanes[0]], jnp.int32), own, source.whole, self._question, self._spans(masks[0]))
-            values = queries.evaluate(self.decoder, self._metric, self._by_lane(masks[lanes]), *run)
-            out[lanes] = np.asarray(values)[: len(lanes), : len(self)]
+            run = (jnp.asarray(starts[lanes[0]], jnp.int32), own, source.whole, self._spans(masks[0]))
+            out[lanes] = self._measured(queries.ends(self.decoder, self._by_lane(masks[lanes]), *run), len(lanes))
         return out
+
+    def _measured(self, ends: Float[Array, "lanes prompts d_model"], n_lanes: int) -> Float[ndarray, "lanes prompts"]:
+        """`F` of the lanes and prompts that were asked about, from the logits' inputs."""
+        return np.asarray(queries.measured(self.decoder, self._metric, ends, self._question))[:n_lanes, : len(self)]
 
     def _by_lane(self, masks: Float[ndarray, "lanes readers writers ..."]) -> Array:
         """On the devices, filled up with copies of the first lane."""

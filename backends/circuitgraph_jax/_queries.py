@@ -136,23 +136,34 @@ def masked_logits(
 
 
 @eqx.filter_jit
-def evaluate(
+def measured(
+    decoder: Decoder, metric: Metric, ends: Float[Array, "lanes prompts d_model"], question: Question
+) -> Float[Array, "lanes prompts"]:
+    """The metric from the logits' inputs at the last position. A function of its own, so that the long ones below are compiled once for
+    all metrics."""
+
+    def one(x: Array, question: Question) -> Array:
+        return question.measure(decoder, metric, x)
+
+    return jax.vmap(lambda of_lane: jax.vmap(one)(of_lane, question))(ends)
+
+
+@eqx.filter_jit
+def ends(
     decoder: Decoder,
-    metric: Metric,
     masks: Float[Array, "lanes readers writers ..."],
     start: Int[Array, ""],
     own: Own,
     source: Source,
-    question: Question,
     spans: Spans | None = None,
-) -> Float[Array, "lanes prompts"]:
-    """`F` of masks that change nothing before layer `start`."""
+) -> Float[Array, "lanes prompts d_model"]:
+    """The logits' inputs at the last position, under masks that change nothing before layer `start`."""
 
-    def one(masking: Masking, own: Own, said: Array, question: Question) -> Array:
-        return question.measure(decoder, metric, resumed(decoder, start, own, said, masking)[-1])
+    def one(masking: Masking, own: Own, said: Array) -> Array:
+        return resumed(decoder, start, own, said, masking)[-1]
 
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_masking(decoder, mask, source, spans), own, source.values, question)
+        return jax.vmap(one)(_masking(decoder, mask, source, spans), own, source.values)
 
     return jax.vmap(lane)(masks)
 
@@ -183,27 +194,25 @@ def moved(
 
 
 @eqx.filter_jit
-def evaluate_from(
+def ends_from(
     decoder: Decoder,
-    metric: Metric,
     masks: Float[Array, "lanes readers writers"],
     start: Int[Array, ""],
     kept: Kept,
     kept_mask: Float[Array, "readers writers"],
     source: Source,
-    question: Question,
     changes: Changes,
     by_stream: bool,
-) -> Float[Array, "lanes prompts"]:
-    """`F` of masks that have other rows than the kept run from layer `start` on. `by_stream`: as of a `Difference`."""
+) -> Float[Array, "lanes prompts d_model"]:
+    """`ends` under masks that have other rows than the kept run from layer `start` on. `by_stream`: as of a `Difference`."""
 
     def lane(mask: Array) -> Array:
         rows = Rows.of(mask, kept_mask, decoder.visible)
 
-        def one(kept: Kept, said: Array, streams: SourceStreams, question: Question) -> Array:
-            return question.measure(decoder, metric, Difference(rows, kept, said, streams, by_stream).end(decoder, start, changes))
+        def one(kept: Kept, said: Array, streams: SourceStreams) -> Array:
+            return Difference(rows, kept, said, streams, by_stream).end(decoder, start, changes)
 
-        return jax.vmap(one)(kept, source.values, source.streams, question)
+        return jax.vmap(one)(kept, source.values, source.streams)
 
     return jax.vmap(lane)(masks)
 
