@@ -246,20 +246,21 @@ class Batch:
 
     def values(self, mask: Float[ndarray, "readers writers ..."] | None, source: SourceRun) -> Array:
         """What every writer says under a mask, `[prompts, writers, position, d_model]`."""
-        return self.live.values if mask is None else self._bank(mask, source) + source.values
+        return self.live.values if mask is None else self._masked_run(mask, source)[0] + source.values
 
     def logits(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> Float[ndarray, "prompts position vocabulary"]:
         """All logits of a run under a mask."""
-        run = (jnp.asarray(mask), self._tokens, source.whole, self._spans(mask))
-        return np.asarray(queries.masked_logits(self.decoder, *run))[: len(self)]
+        _, ends = self._masked_run(mask, source)
+        return np.asarray(queries.logits_of(self.decoder, ends))[: len(self)]
 
     def _rows(self, values: Array) -> Float[ndarray, "prompts ..."]:
         """Those of the batch."""
         return np.asarray(values, dtype=np.float64)[: len(self)]
 
-    def _bank(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> Array:
-        bank: Array = queries.masked_bank(self.decoder, jnp.asarray(mask), self._tokens, source.whole, self._spans(mask))
-        return bank
+    def _masked_run(self, mask: Float[ndarray, "readers writers ..."], source: SourceRun) -> tuple[Array, Array]:
+        """What the writers say under a mask beyond the source, and the logits' inputs."""
+        run: tuple[Array, Array] = queries.masked_run(self.decoder, jnp.asarray(mask), self._tokens, source.whole, self._spans(mask))
+        return run
 
     def _spans(self, mask: Float[ndarray, "readers writers ..."]) -> Spans | None:
         """Which span each position is in, for a mask that asks."""
@@ -282,7 +283,7 @@ class Batch:
         if is_live:
             return self._live_differences(source)
         if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != mask.tobytes():
-            self._unmixed = (source, mask.tobytes(), self._bank(mask, source))
+            self._unmixed = (source, mask.tobytes(), self._masked_run(mask, source)[0])
         return self._unmixed[2]
 
     @cached_property

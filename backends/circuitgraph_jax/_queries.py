@@ -104,35 +104,26 @@ def differences(
 
 
 @eqx.filter_jit
-def masked_bank(
+def masked_run(
     decoder: Decoder,
     mask: Float[Array, "readers writers ..."],
     tokens: Int[Array, "prompts position"],
     source: Source,
     spans: Spans | None = None,
-) -> Float[Array, "prompts writers position d_model"]:
-    """Every writer's difference `live - source` in the run under a mask."""
+) -> tuple[Float[Array, "prompts writers position d_model"], Float[Array, "prompts position d_model"]]:
+    """Every writer's difference `live - source` in the run under a mask, and the logits' inputs."""
 
-    def one(ids: Array, said: Array, masking: Masking) -> Array:
-        return forward(decoder, decoder.embed(ids), said, masking).bank
+    def one(ids: Array, said: Array, masking: Masking) -> tuple[Array, Array]:
+        run = forward(decoder, decoder.embed(ids), said, masking)
+        return run.bank, run.end
 
     return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans))
 
 
 @eqx.filter_jit
-def masked_logits(
-    decoder: Decoder,
-    mask: Float[Array, "readers writers ..."],
-    tokens: Int[Array, "prompts position"],
-    source: Source,
-    spans: Spans | None = None,
-) -> Float[Array, "prompts position vocabulary"]:
-    """All logits of the run under a mask."""
-
-    def one(ids: Array, said: Array, masking: Masking) -> Array:
-        return decoder.logits(forward(decoder, decoder.embed(ids), said, masking).end)
-
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans))
+def logits_of(decoder: Decoder, ends: Float[Array, "prompts position d_model"]) -> Float[Array, "prompts position vocabulary"]:
+    """All logits, from their inputs."""
+    return jax.vmap(decoder.logits)(ends)
 
 
 @eqx.filter_jit
