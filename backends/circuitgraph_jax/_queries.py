@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -26,6 +26,8 @@ from circuitgraph_jax._splits import Active
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+_T = TypeVar("_T")
 
 
 class Live(eqx.Module):
@@ -63,16 +65,28 @@ class Question(eqx.Module):
         return value
 
 
+def over_rows(one: Callable[..., _T]) -> Callable[..., _T]:
+    """`jax.vmap`, but a single row is asked by itself: to batch all that a query does takes as long as to trace it."""
+
+    def rows(*args: Any) -> _T:
+        if len(jax.tree.leaves(args)[0]) > 1:
+            return jax.vmap(one)(*args)
+        alone: _T = jax.tree.map(lambda a: a[None], one(*jax.tree.map(lambda a: a[0], args)))
+        return alone
+
+    return rows
+
+
 @eqx.filter_jit
 def plain_logits(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Float[Array, "prompts position vocabulary"]:
     """The model's logits, without a graph."""
-    return jax.vmap(decoder)(tokens)
+    return over_rows(decoder)(tokens)
 
 
 @eqx.filter_jit
 def last_log_probs(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Float[Array, "prompts vocabulary"]:
     """The model's log probabilities after the last token."""
-    logits = jax.vmap(lambda ids: decoder.logits(decoder.stream(ids)[-1]))(tokens)
+    logits = over_rows(lambda ids: decoder.logits(decoder.stream(ids)[-1]))(tokens)
     logs: Array = log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     return logs
 
@@ -86,13 +100,13 @@ def live(decoder: Decoder, tokens: Int[Array, "prompts position"]) -> Live:
         run = live_run(decoder, x, jnp.zeros((decoder.visible.shape[1], 1, x.shape[-1]), x.dtype))
         return Live(run.bank, jnp.concatenate([*(tape.start for tape in run.tapes), run.end[None]]), run.active)
 
-    return jax.vmap(one)(tokens)
+    return over_rows(one)(tokens)
 
 
 @eqx.filter_jit
 def source_streams(decoder: Decoder, values: Float[Array, "prompts writers span d_model"]) -> SourceStreams:
     """What readers would see where every writer says these values."""
-    return jax.vmap(lambda said: SourceStreams.of(decoder, said))(values)
+    return over_rows(lambda said: SourceStreams.of(decoder, said))(values)
 
 
 @eqx.filter_jit
@@ -117,13 +131,13 @@ def masked_run(
         run = forward(decoder, decoder.embed(ids), said, masking)
         return run.bank, run.end
 
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans))
+    return over_rows(one)(tokens, source.values, _masking(decoder, mask, source, spans))
 
 
 @eqx.filter_jit
 def logits_of(decoder: Decoder, ends: Float[Array, "prompts position d_model"]) -> Float[Array, "prompts position vocabulary"]:
     """All logits, from their inputs."""
-    return jax.vmap(decoder.logits)(ends)
+    return over_rows(decoder.logits)(ends)
 
 
 @eqx.filter_jit
@@ -136,7 +150,7 @@ def measured(
     def one(x: Array, question: Question) -> Array:
         return question.measure(decoder, metric, x)
 
-    return jax.vmap(lambda of_lane: jax.vmap(one)(of_lane, question))(ends)
+    return over_rows(lambda of_lane: over_rows(one)(of_lane, question))(ends)
 
 
 @eqx.filter_jit
@@ -154,9 +168,9 @@ def ends(
         return resumed(decoder, start, own, said, masking)[-1]
 
     def lane(mask: Array) -> Array:
-        return jax.vmap(one)(_masking(decoder, mask, source, spans), own, source.values)
+        return over_rows(one)(_masking(decoder, mask, source, spans), own, source.values)
 
-    return jax.vmap(lane)(masks)
+    return over_rows(lane)(masks)
 
 
 @eqx.filter_jit
@@ -166,7 +180,7 @@ def kept(
     differences: Float[Array, "prompts writers position d_model"],
 ) -> Kept:
     """The model's own run, to be the first that others are evaluated from."""
-    return jax.vmap(lambda *run: Kept.of(decoder, *run))(values, differences)
+    return over_rows(lambda *run: Kept.of(decoder, *run))(values, differences)
 
 
 @eqx.filter_jit
@@ -181,7 +195,7 @@ def moved(
 ) -> Kept:
     """The run under a mask that has other rows than the kept run from layer `start` on."""
     rows = Rows.of(mask, kept_mask, decoder.visible)
-    return jax.vmap(lambda *run: Difference(rows, *run).moved(decoder, start, changes))(kept, source.values, source.streams)
+    return over_rows(lambda *run: Difference(rows, *run).moved(decoder, start, changes))(kept, source.values, source.streams)
 
 
 @eqx.filter_jit
@@ -203,9 +217,9 @@ def ends_from(
         def one(kept: Kept, said: Array, streams: SourceStreams) -> Array:
             return Difference(rows, kept, said, streams, by_stream).end(decoder, start, changes)
 
-        return jax.vmap(one)(kept, source.values, source.streams)
+        return over_rows(one)(kept, source.values, source.streams)
 
-    return jax.vmap(lane)(masks)
+    return over_rows(lane)(masks)
 
 
 @eqx.filter_jit
@@ -272,7 +286,7 @@ def gradient_beside(
     def one(ids: Array, other: Array, question: Question, spans: Spans | None) -> Array:
         return _scores(decoder, metric, RunBeside(decoder.embed(ids), decoder.embed(other)), None, question, way, spans)
 
-    return jax.vmap(one)(tokens, others, question, spans)
+    return over_rows(one)(tokens, others, question, spans)
 
 
 @eqx.filter_jit
@@ -292,7 +306,7 @@ def source_gradient(
         grad_end = _grad_end(decoder, metric, run, question)
         return source_gradients(decoder, run, masking, Way.of(EXACT), grad_end, mask, spans)
 
-    return jax.vmap(one)(tokens, source.values, _masking(decoder, mask, source, spans), question, spans)
+    return over_rows(one)(tokens, source.values, _masking(decoder, mask, source, spans), question, spans)
 
 
 def _scores(
@@ -317,7 +331,7 @@ def _grad_end(decoder: Decoder, metric: Metric, run: Run, question: Question) ->
 
 def _over_mixes(one: Callable[..., Array], mixes: Float[Array, " mixes"], *by_prompt: Any) -> Array:
     """The sum over mixes of what `one(mix, ...)` says of each prompt."""
-    of_each = jax.vmap(lambda mix: jax.vmap(lambda *prompt: one(mix, *prompt))(*by_prompt))(mixes)
+    of_each = over_rows(lambda mix: over_rows(lambda *prompt: one(mix, *prompt))(*by_prompt))(mixes)
     return of_each.sum(0, dtype=jnp.promote_types(of_each.dtype, jnp.float32))
 
 
@@ -331,5 +345,5 @@ def _masking(decoder: Decoder, mask: Float[Array, "readers writers ..."], source
         one = Edges.of(mask, decoder.visible)
         edges = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(source.values), *a.shape)), one)
     else:
-        edges = jax.vmap(lambda of_prompt: SpanEdges.of(mask, decoder.visible, of_prompt))(spans)
+        edges = over_rows(lambda of_prompt: SpanEdges.of(mask, decoder.visible, of_prompt))(spans)
     return Masking(edges, source.streams)
