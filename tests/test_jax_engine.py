@@ -185,6 +185,22 @@ def test_other_numbers_in_the_same_shapes_compile_nothing() -> None:
     assert not again
 
 
+def test_another_metric_compiles_only_itself() -> None:
+    """The runs are the same, from the input and from the kept run."""
+    model, pairs = traced("llama"), pairs_of(12, (8, 8))
+    graph, edges = model.graph, np.argwhere(model.graph.visible)[-4:]
+    single = np.repeat(graph.visible.astype(float)[None], len(edges), axis=0)
+    single[np.arange(len(edges)), edges[:, 0], edges[:, 1]] = 0
+    asked = (single, np.random.default_rng(12).uniform(size=(1, *graph.shape)))
+    first, other = model.bind(pairs, "nll"), model.bind(pairs, "prob_diff")
+    for masks in asked:
+        first.evaluate(masks)
+    with compilations() as again:
+        values = [other.evaluate(masks) for masks in asked]
+    assert again.keys() == {"jit(measured)"}
+    assert all(np.abs(value - first.evaluate(masks)).min() > 1e-3 for masks, value in zip(asked, values, strict=True))
+
+
 # Devices
 
 # PyTorch says what one device says (`test_jax_differential`), and compiles nothing.
