@@ -111,7 +111,7 @@ def with_tables(page: str, tables: dict[str, Benchmark]) -> str:
     for name, found in tables.items():
         start, end = f"<!-- {name}: written by `python -m benchmarks.algorithms` -->", f"<!-- end of {name} -->"
         missing = len(PARTS[name].rows) - len(found.results)
-        note = f"\n{missing} of {len(PARTS[name].rows)} cells are not measured yet.\n" if missing else ""
+        note = f"\nNot measured yet: {missing} of {len(PARTS[name].rows)} cells.\n" if missing else ""
         page = between(page, start, end, found.to_markdown() + note)
     return page
 

@@ -211,10 +211,9 @@ class _Cells:
     def _measured(self, algorithm: Algorithm, answers: Answers) -> dict[str, Any]:
         metric = getattr(algorithm, "default_metric", None) or self.train.metric
         engine = self.traced.bind(self.train.pairs, metric, self.train.source)  # a fresh one: nothing is cached for the next algorithm
-        plain = self._plain_forward()
-        answers.start()
+        answers.start(self._plain_forward())
         outcome = _discover.outcome_of(algorithm, RememberedEngine(engine, answers))
-        seconds = answers.seconds
+        spent = answers.spent
         if outcome.scores is None:
             raise CircuitGraphError(f"{type(algorithm).__name__} gives no scores, so its edges cannot be ranked")
         if outcome.graph is not None and outcome.graph != self.traced.graph:
@@ -227,8 +226,7 @@ class _Cells:
             "faithfulness": _by_fraction(curve, circuit.graph.n_edges),
             **{area: getattr(curve, area).value for area in ("cpr", "cmd", "cpr_log", "cmd_log")},
             "auroc": None if self.reference is None else matched(circuit, self.reference).edges.auroc,
-            "seconds": seconds,
-            "forwards": seconds / plain,
+            **asdict(spent),
             "protocol": self.scale.protocol.to_dict(),
         }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,25 +25,35 @@ if TYPE_CHECKING:
 WRITTEN_EVERY = 60.0  # seconds
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds, and the same in plain forward passes as they were at that time."""
+
+    seconds: float = 0.0
+    forwards: float = 0.0
+
+
 class Answers:
-    """What was answered so far, by a hash of the question, and in how many seconds. The file is written at most once a minute.
+    """What was answered so far, by a hash of the question, and what was spent on it. The file is written at most once a minute.
 
     `key` says what all of it depends on: answers under another one count for nothing. Raises `FileError` for a file that is none.
     """
 
     def __init__(self, file: Path, key: str) -> None:
         self._file, self._key = file, key
-        self._known, self._seconds = _read(file, key)
-        self.start()
+        self._known, self._before = _read(file, key)
+        self.start(plain=1.0)
 
-    def start(self) -> None:
-        """Begin to count the seconds."""
+    def start(self, plain: float) -> None:
+        """Begin to count; `plain` are the seconds of a plain forward pass, which today may be others than when the file was written."""
+        self._plain = plain
         self._began = self._written = time.perf_counter()
 
     @property
-    def seconds(self) -> float:
-        """All that was spent on the search: since the start, and what came before the file was written."""
-        return self._seconds + time.perf_counter() - self._began
+    def spent(self) -> Spent:
+        """On the whole search: since the start, and what came before the file was written."""
+        seconds = time.perf_counter() - self._began
+        return Spent(self._before.seconds + seconds, self._before.forwards + seconds / self._plain)
 
     def of(self, question: str) -> Float[ndarray, "lanes prompts"] | None:
         known = self._known.get(question)
@@ -63,7 +73,7 @@ class Answers:
         import safetensors.numpy
 
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"key": self._key, "seconds": repr(self.seconds)}
+        metadata = {"key": self._key} | {name: repr(value) for name, value in asdict(self.spent).items()}
         write_bytes(self._file, safetensors.numpy.save(self._known, metadata))
 
 
@@ -92,16 +102,17 @@ class RememberedEngine(Around):
         return replace(self, engine=self.engine.reversed(), is_reversed=not self.is_reversed)
 
 
-def _read(file: Path, key: str) -> tuple[dict[str, Float[ndarray, "lanes prompts"]], float]:
+def _read(file: Path, key: str) -> tuple[dict[str, Float[ndarray, "lanes prompts"]], Spent]:
     import safetensors
 
     if not file.exists():
-        return {}, 0.0
+        return {}, Spent()
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             said = opened.metadata() or {}
             if said.get("key") != key:
-                return {}, 0.0
-            return {name: opened.get_tensor(name) for name in opened.keys()}, float(said["seconds"])  # noqa: SIM118  # no mapping
+                return {}, Spent()
+            known = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            return known, Spent(float(said["seconds"]), float(said["forwards"]))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise FileError(f"{file} is not what an interrupted search leaves ({error}); remove it, and the search begins anew") from error
