@@ -31,6 +31,7 @@ from circuitgraph.algorithms import ACDC, EAP
 from circuitgraph.testing import random_pairs
 from circuitgraph_jax import _queries as queries
 from circuitgraph_jax._devices import precisely
+from circuitgraph_jax._joints import Attention
 from circuitgraph_jax._resumed import Own
 
 SHAPE = (12, 12)  # that of a proof's prompts, which are compiled for anyway
@@ -199,6 +200,13 @@ def test_another_metric_compiles_only_itself() -> None:
         values = [other.evaluate(masks) for masks in asked]
     assert again.keys() == {"jit(measured)"}
     assert all(np.abs(value - first.evaluate(masks)).min() > 1e-3 for masks, value in zip(asked, values, strict=True))
+
+
+def test_a_model_that_looks_ahead_fails_the_check_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = traced("llama"), pairs_of(13, (17, 17))  # a shape that nobody else compiles
+    pattern = Attention._pattern
+    monkeypatch.setattr(Attention, "_pattern", lambda self, q, k, distance: pattern(self, q, k, distance + 1))
+    assert [check.name for check in model.checks(pairs) if not check.holds] == ["padding changes nothing"]
 
 
 # Devices
