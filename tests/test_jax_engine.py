@@ -202,6 +202,14 @@ def test_another_metric_compiles_only_itself() -> None:
     assert all(np.abs(value - first.evaluate(masks)).min() > 1e-3 for masks, value in zip(asked, values, strict=True))
 
 
+def test_one_row_beside_several_is_refused() -> None:
+    add = queries.over_rows(lambda a, b: a + b)
+    for n in (1, 3):
+        assert add(jnp.ones((n, 2)), jnp.ones((n, 2))).shape == (n, 2)
+    with pytest.raises(ValueError, match="inconsistent sizes"):
+        add(jnp.ones((1, 2)), jnp.ones((3, 2)))
+
+
 def test_a_model_that_looks_ahead_fails_the_check_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = traced("llama"), pairs_of(13, (17, 17))  # a shape that nobody else compiles
     pattern = Attention._pattern

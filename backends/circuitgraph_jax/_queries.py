@@ -69,8 +69,8 @@ def over_rows(one: Callable[..., _T]) -> Callable[..., _T]:
     """`jax.vmap`, but a single row is asked by itself: to batch all that a query does takes as long as to trace it."""
 
     def rows(*args: Any) -> _T:
-        if len(jax.tree.leaves(args)[0]) > 1:
-            return jax.vmap(one)(*args)
+        if any(len(leaf) != 1 for leaf in jax.tree.leaves(args)):
+            return jax.vmap(one)(*args)  # which refuses what is not of one length
         alone: _T = jax.tree.map(lambda a: a[None], one(*jax.tree.map(lambda a: a[0], args)))
         return alone
 
