@@ -111,23 +111,34 @@ class Backward:
         return np.arange(len(plan.readers))
 
     def reader_grads(self, joint: AttentionJoint, step: AttentionStep, grad_heads: Tensor, which: Int[ndarray, " some"]) -> Tensor:
-        """`[some readers, prompts, position, d_model]`."""
+        """`[some readers, prompts, position, d_model]`, in the collector's memory.
+
+        Through the norm before the projections, by its formula: `scale * (W' g - xhat <g, W' xhat> / d_model)`, where `W'` are the weights
+        with the norm's gain (and centred, for a layer norm) and `W' xhat` is what was projected, less what is of no input.
+        """
         (grad,) = torch.autograd.grad(step.written, step.projected, grad_heads)
         n, length = grad.shape[1:3]
-        whole = len(which) == joint.n_readers
         readers = torch.from_numpy(step.plan.readers[which]).to(grad.device)
-        weights = joint.weights if whole else joint.weights[readers]
-        projected = grad.view(n * length, joint.n_readers, joint.head_dim).transpose(0, 1)
-        grads = torch.bmm(projected if whole else projected[readers], weights)
-        grads = grads.view(len(which), n, length, -1)
+        whole = len(which) == joint.n_readers
+
+        def of_readers(values: Tensor) -> Tensor:
+            values = values.view(n * length, joint.n_readers, joint.head_dim).transpose(0, 1)
+            return values if whole else values[readers]
+
+        given, weights = of_readers(grad), joint.weights if whole else joint.weights[readers]
+        grads = self._collector.room(len(which), step.x[0])
+        room = grads.flatten(1, 2)
         if joint.norm is None:
+            torch.bmm(given, weights, out=room)
             return grads
-        is_frozen = self.rule.norms == "frozen"
-        if step.plan.n_distinct == 1:
-            return joint.norm.backward_(grads, step.x, is_frozen=is_frozen)
-        for u in range(step.plan.n_distinct):
-            members = torch.from_numpy(np.flatnonzero(step.plan.row_of[which] == u)).to(grad.device)
-            grads[members] = joint.norm.backward_(grads[members], step.x[u], is_frozen=is_frozen)
+        xhat, scale = (part.flatten(1, 2) for part in joint.norm.standardised(step.x))
+        if step.plan.n_distinct > 1:
+            xhat, scale = xhat[step.plan.row_of[which]], scale[step.plan.row_of[which]]
+        torch.bmm(given * scale, joint.norm.folded(weights), out=room)
+        if self.rule.norms != "frozen":
+            of_input = of_readers(step.projected.detach()) - joint.at_zero[readers, None]
+            along = (given * of_input).sum(-1, keepdim=True) / xhat.shape[-1]
+            room.addcmul_(xhat, along * scale, value=-1)
         return grads
 
     def _propagate(self, plan: Plan, grads: Tensor) -> None:

@@ -65,7 +65,8 @@ class Parts:
 
     def _observed_calls(self, length: int) -> list[AttentionCall]:
         paths = [b.attention.path for b in self.architecture.blocks if b.attention]
-        found = iter(attention_calls(self.model, paths, length, self.device) if paths else [])
+        mlps = [path for b in self.architecture.blocks if b.mlp for path in b.mlp.modules]
+        found = iter(attention_calls(self.model, paths, length, self.device, silent=[*paths, *mlps]) if paths else [])
         nothing = AttentionCall((), {}, torch.empty(0))
         return [next(found) if b.attention else nothing for b in self.architecture.blocks]
 

@@ -6,13 +6,15 @@ Rotary tables, causal and sliding-window masks come out of the model's own forwa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from circuitgraph._errors import TaskError, TraceError
 from circuitgraph_torch._modes import undisturbed
@@ -74,8 +76,11 @@ def block_input(model: nn.Module, first_block: str, ids: Tensor) -> Tensor:
     return seen[0]
 
 
-def attention_calls(model: nn.Module, paths: Sequence[str], length: int, device: torch.device) -> list[AttentionCall]:
-    """How the model calls each attention module on a prompt of this length. The tokens themselves do not matter."""
+def attention_calls(
+    model: nn.Module, paths: Sequence[str], length: int, device: torch.device, *, silent: Sequence[str] = ()
+) -> list[AttentionCall]:
+    """How the model calls each attention module on a prompt of this length. The tokens themselves do not matter. Nor does what is made of
+    them, so linear maps in modules that are `silent`, nearly all of the time, are left out."""
     calls: dict[str, AttentionCall] = {}
 
     def look_at(path: str) -> Callable[..., None]:
@@ -87,7 +92,9 @@ def attention_calls(model: nn.Module, paths: Sequence[str], length: int, device:
         return look
 
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
-    _run_until(model, ids, [(path, look_at(path)) for path in paths])
+    without_products: Any = _Silent(model, silent)  # PyTorch does not type its modes
+    with without_products:
+        _run_until(model, ids, [(path, look_at(path)) for path in paths])
     return [calls[path] for path in paths]
 
 
@@ -115,6 +122,21 @@ def _run_until(model: nn.Module, ids: Tensor, hooks: Sequence[tuple[str, Callabl
     missing = [path for path, _ in hooks]
     if missing:
         raise TraceError(f"the model's forward ended without calling all of {missing[0]} ... {missing[-1]}")
+
+
+class _Silent(TorchFunctionMode):
+    """Linear maps of some modules say zeros and are not computed. (In a form that is not known here they are computed.)"""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__()
+        self._weights = {id(weight) for path in paths for weight in model.get_submodule(path).parameters() if weight.dim() == 2}
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is functional.linear and len(args) >= 2 and id(args[1]) in self._weights:
+            return args[0].new_zeros(*args[0].shape[:-1], len(args[1]))
+        if func is torch.addmm and len(args) == 3 and id(args[2]) in self._weights:  # GPT-2's: the weight lies the other way
+            return args[1].new_zeros(len(args[1]), args[2].shape[1])
+        return func(*args, **(kwargs or {}))
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

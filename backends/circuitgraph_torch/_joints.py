@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +71,13 @@ class AttentionJoint:
         self._twin = twin(model.get_submodule(attention.path), replaced)
         # One pass of the attention code serves all heads, or, with a key and value per head, one head of every group.
         self._passes = [self._columns(attention, member) for member in range(self.group_size if self.kv_per_head else 1)]
+
+    @cached_property
+    def at_zero(self) -> Tensor:
+        """What readers project of a standardised input of zeros: the biases, and what comes of the norm's, `[readers, head_dim]`."""
+        zeros = self.weights.new_zeros(1, self.weights.shape[-1])
+        normed = zeros if self.norm is None else self.norm.module(zeros)
+        return (self.weights @ normed[0] + self.biases).detach()
 
     def check_rule(self, rule: Rule) -> None:
         """Raises `CircuitGraphError` where a norm inside the attention, which is left to the model's own code, would have to be frozen."""

@@ -25,6 +25,7 @@ from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._mlp import MLPJoint
+from circuitgraph_torch._spare import Room
 from circuitgraph_torch._splits import CrossLayerSplit, MLPSplit, Split, Splits, transcoded
 
 if TYPE_CHECKING:
@@ -206,5 +207,8 @@ def _unrefined(parts: Parts) -> Parts:
 
 class _Nothing:
     """A collector for passes whose gradients of readers nobody wants."""
+
+    def __init__(self) -> None:
+        self.room = Room()
 
     def add(self, site: object, readers: object, grads: Tensor, *, last_only: bool = False) -> None: ...

@@ -56,9 +56,13 @@ def wide_products(model: nn.Module) -> AbstractContextManager[object]:
 
 class _WideProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func in _PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
-            return func(*(arg.float() for arg in args), **(kwargs or {})).to(args[-1].dtype)
-        return func(*args, **(kwargs or {}))
+        if func not in _PRODUCTS or args[-1].dtype not in (torch.bfloat16, torch.float16):
+            return func(*args, **(kwargs or {}))
+        further = dict(kwargs or {})
+        out = further.pop("out", None)
+        product = func.overloadpacket(*(arg.float() for arg in args), **further)
+        return product.to(args[-1].dtype) if out is None else out.copy_(product)
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.bmm.out, _aten.addmm.default)

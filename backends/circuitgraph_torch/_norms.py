@@ -42,6 +42,11 @@ class NormJoint:
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return centred * scale, scale
 
+    def folded(self, weights: Tensor) -> Tensor:
+        """Linear maps `[..., d_model]` of the norm's output, made maps of the standardised input (but for the norm's bias)."""
+        folded = weights * self.gain
+        return folded.sub_(folded.mean(-1, keepdim=True)) if self.kind == "layer" else folded
+
     def backward_(self, grad: Tensor, x: Tensor, *, is_frozen: bool = False) -> Tensor:
         """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""
         xhat, scale = self.standardised(x)

@@ -47,5 +47,18 @@ class Spare:
         self._free = [*self._free, buffer][-_MOST:]
 
 
+class Room:
+    """Memory for some things at a time: the next ones take their place."""
+
+    def __init__(self) -> None:
+        self._place: Tensor | None = None
+
+    def __call__(self, n: int, like: Tensor) -> Tensor:
+        """`[n, ...]`, each like this one, to be filled."""
+        if self._place is None or len(self._place) < n or self._place.shape[1:] != like.shape:
+            self._place = fresh(like, n, *like.shape)
+        return self._place[:n]
+
+
 def _tensor(buffer: UInt8[ndarray, " bytes"], like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(buffer).view(like.dtype).view(shape)
