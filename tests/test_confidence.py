@@ -195,7 +195,7 @@ def test_circuits_beside_each_other() -> None:
     scores = np.asarray(EAP().run(question.engine).scores)
     whole = Circuit(graph, graph.visible, scores)
     big, small = whole.top(30), whole.top(10)
-    found = compare({"big": big, "small": small}, question)
+    found = compare({"big": big, "small": small}, traced("reference"), PAIRS, metric="logit_diff")
     assert found.jaccard[0, 1] == pytest.approx(10 / 30)
     assert 0 < found.by_chance[0, 1] < found.jaccard[0, 1]
     assert np.array_equal(found.only("big").mask, (big - small).mask)
@@ -205,7 +205,7 @@ def test_circuits_beside_each_other() -> None:
     assert found.baselines["random"].value != found.faithfulness["small"].value
     assert "(0." in str(found)
     assert json.loads(found.to_json())["edges_in_all"] == 10
-    blind = compare({"big": Circuit(graph, big.mask), "small": small}, question)
+    blind = compare({"big": Circuit(graph, big.mask), "small": small}, traced("reference"), PAIRS, metric="logit_diff")
     assert set(blind.faithfulness) == {"small"}
 
 
@@ -215,6 +215,17 @@ def test_circuits_of_different_graphs_are_refused() -> None:
         compare({"a": Circuit(small, small.visible), "b": Circuit(large, large.visible)})
     with pytest.raises(CircuitGraphError, match="two or more"):
         compare({"a": Circuit(small, small.visible)})
+    with pytest.raises(CircuitGraphError, match="circuits by name"):
+        compare([Circuit(small, small.visible)] * 2)  # type: ignore[arg-type]
+    with pytest.raises(CircuitGraphError, match="a model and a task"):
+        compare({"a": Circuit(small, small.visible), "b": Circuit(small, small.visible)}, "zoo:induction-2l")
+
+
+def test_a_source_of_its_own_is_asked_for_again() -> None:
+    graph = traced("reference").graph
+    circuit = Circuit(graph, graph.visible, provenance={"source": "mean", "source_data": "a hash"})
+    with pytest.raises(CircuitGraphError, match="a mean over its own data set; pass that source"):
+        compare({"a": circuit, "b": circuit}, traced("reference"), PAIRS)
 
 
 def test_confidence_is_a_share() -> None:

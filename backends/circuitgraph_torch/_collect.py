@@ -5,6 +5,7 @@ source. Both may be by span.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -61,7 +62,6 @@ class EdgeScores:
         by_span = () if spans is None else (spans.count,)
         self._scores: Float[ndarray, "prompts readers writers"] = np.zeros((differences.shape[1], *sites.graph.shape, *by_span))
         self._waiting: list[tuple[Site, Int[ndarray, " some"]]] = []
-        self._grads = fresh(differences, _MOST_WAITING, *differences.shape[1:])
         self._room = Room()
 
     def scores(self) -> Float[ndarray, "prompts readers writers"]:
@@ -70,7 +70,7 @@ class EdgeScores:
         return self._scores
 
     def room(self, n: int, like: Tensor) -> Tensor:
-        return self._next(n) if self._may_wait(n) and like.shape == self._grads.shape[1:] else self._room(n, like)
+        return self._next(n) if self._may_wait(n) and like.shape == self._differences.shape[1:] else self._room(n, like)
 
     def add(self, site: Site, readers: Int[ndarray, " some"], grads: Tensor, *, last_only: bool = False) -> None:
         differences = self._differences[: site.n_visible]
@@ -91,6 +91,11 @@ class EdgeScores:
         """Scores of some readers as they are, `[prompts, some, writers]`, by span if the others are, in place of what was added."""
         self._settle()
         self._store(site, readers, products)
+
+    @cached_property
+    def _grads(self) -> Tensor:
+        """Of readers that wait, and room for more."""
+        return fresh(self._differences, _MOST_WAITING, *self._differences.shape[1:])
 
     def _may_wait(self, n: int) -> bool:
         return self._spans is None and n <= _MOST_WAITING

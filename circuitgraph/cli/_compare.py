@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from circuitgraph._circuit import Circuit
+from circuitgraph._engine import TracedModel
 from circuitgraph._errors import CircuitGraphError
 from circuitgraph.cli._app import AsJson, Backend, Device, Dtype, Memory, app, found_with, loaded, part_of, print_json, stdout, trace_model
 from circuitgraph.evaluation import compare
-from circuitgraph.evaluation._question import Question, pose
 
 
 @app.command("compare", epilog="Example: circuitgraph compare acdc eap --same-size -o both.svg")
@@ -33,10 +33,11 @@ def compare_files(
 ) -> None:
     """Say what circuits of one model have in common: overlap, Jaccard index against chance, a joint picture."""
     circuits = dict(zip(_names(files), map(loaded, files), strict=True))
-    question = (
-        _question(files[0], loaded(files[0]), model, task, prompts, seed, backend, device, dtype, memory_budget) if same_size else None
-    )
-    found = compare(circuits, question)
+    if same_size:
+        traced, name, count = _asked(files[0], next(iter(circuits.values())), model, task, backend, device, dtype, memory_budget)
+        found = compare(circuits, traced, name, prompts=prompts or count, seed=seed)
+    else:
+        found = compare(circuits)
     if picture is not None:
         found.render(picture)
     if as_json:
@@ -56,30 +57,19 @@ def _names(files: list[Path]) -> list[str]:
     return names
 
 
-def _question(
+def _asked(
     file: Path,
     circuit: Circuit,
     model: str | None,
     task: str | None,
-    prompts: int | None,
-    seed: int,
     backend: str,
     device: str | None,
     dtype: str | None,
     memory_budget: str | None,
-) -> Question:
+) -> tuple[TracedModel, str, int | None]:
+    """The model, the task, and how many prompts: those of the first circuit where nothing else is said."""
     found = circuit.provenance
     per_head_kv = not any(reader.is_grouped for reader in circuit.graph.readers)
-    traced = trace_model(
-        model or found_with(found, "model", file),
-        backend,
-        per_head_kv,
-        device,
-        dtype or part_of(found, "model").get("dtype"),
-        memory_budget,
-    )
-    source = found.get("source", "corrupted")
-    name = task or found_with(found, "task", file)
-    question = pose(traced, name, prompts=prompts or found.get("prompts"), seed=seed, metric=found.get("metric"), source=source)
-    question.check()
-    return question
+    name, dtype = model or found_with(found, "model", file), dtype or part_of(found, "model").get("dtype")
+    traced = trace_model(name, backend, per_head_kv, device, dtype, memory_budget)
+    return traced, task or found_with(found, "task", file), found.get("prompts")

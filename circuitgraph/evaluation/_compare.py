@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph._circuit import Circuit
-from circuitgraph._engine import Algorithm
+from circuitgraph._engine import Algorithm, Source, SourceKind
 from circuitgraph._errors import CircuitGraphError
+from circuitgraph._metrics import Metric
+from circuitgraph._pairs import PromptPairs
 from circuitgraph.algorithms import Magnitude, Random
 from circuitgraph.evaluation._faithfulness import Faithfulness
 from circuitgraph.evaluation._overlap import jaccard, jaccard_by_chance
 from circuitgraph.evaluation._protocol import Protocol
-from circuitgraph.evaluation._question import Question
+from circuitgraph.evaluation._question import pose_again
 from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy import ndarray
     from rich.table import Table
+
+    from circuitgraph._task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +134,23 @@ class Comparison:
         return table
 
 
-def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -> Comparison:
-    """What circuits of one graph have in common.
+def compare(
+    circuits: Mapping[str, Circuit],
+    model: Any = None,
+    task: Task | PromptPairs | str | Path | None = None,
+    *,
+    prompts: int | None = None,
+    seed: int = 0,
+    metric: Metric | str | None = None,
+    source: Source | SourceKind | None = None,
+    backend: str = "torch",
+) -> Comparison:
+    """What circuits of one graph have in common. `circuits`: each under the name that it is to have.
 
-    With a `question` also the faithfulness of each when it is cut to the size of the smallest, by the |score| of its own edges (a larger
-    circuit without scores cannot be cut), and of as many edges by random and by magnitude scores. Raises `CircuitGraphError` for fewer
-    than two circuits, or circuits of different graphs.
+    With a `model` and a `task` also the faithfulness of each when it is cut to the size of the smallest, by the |score| of its own edges (a
+    larger circuit without scores cannot be cut), and of as many edges by random and by magnitude scores; all else as in `evaluate`, the
+    metric and the source by default those of the first circuit. Raises `CircuitGraphError` for fewer than two circuits, or circuits of
+    different graphs.
 
     >>> from circuitgraph._graph import Layer, transformer_graph
     >>> graph = transformer_graph([Layer(n_heads=1, n_kv_heads=1)])
@@ -143,19 +158,14 @@ def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -
     >>> print(compare({"whole": whole, "none": whole - whole}).jaccard[0])
     [1. 0.]
     """
-    if len(circuits) < 2:
-        raise CircuitGraphError(f"compare: {len(circuits)} circuit; expected two or more")
-    first, *others = circuits.items()
-    for name, circuit in others:
-        if circuit.graph != first[1].graph:
-            raise CircuitGraphError(
-                f"compare: {first[0]} is of {first[1].graph!r} and {name} of {circuit.graph!r}; "
-                "only circuits of one model, traced with the same options, have edges in common"
-            )
-    if question is None:
+    first = _checked(circuits)
+    if (model is None) != (task is None):
+        raise CircuitGraphError("compare: faithfulness at one size needs a model and a task; give both, or neither")
+    if model is None or task is None:
         return Comparison(dict(circuits))
+    question = pose_again(first, model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
     size = min(circuit.n_edges for circuit in circuits.values())
-    scale = scale_of(question, first[1].graph)
+    scale = scale_of(question, first.graph)
     cut = {name: part for name, circuit in circuits.items() if (part := _cut(circuit, size)) is not None}
     found = {name: scale.faithfulness(circuit.mask) for name, circuit in cut.items()}
     scored: dict[str, Algorithm] = {} if scale.graph.spans else {"random": Random(question.seed), "magnitude": Magnitude()}
@@ -164,6 +174,22 @@ def compare(circuits: Mapping[str, Circuit], question: Question | None = None) -
         for name, method in scored.items()
     }
     return Comparison(dict(circuits), size, found, baselines, scale.protocol)
+
+
+def _checked(circuits: Mapping[str, Circuit]) -> Circuit:
+    """The first of circuits that can be compared."""
+    if not isinstance(circuits, Mapping) or not all(isinstance(circuit, Circuit) for circuit in circuits.values()):
+        raise CircuitGraphError("compare: expected circuits by name, such as compare({'acdc': one, 'eap': other})")
+    if len(circuits) < 2:
+        raise CircuitGraphError(f"compare: {len(circuits)} circuit; expected two or more")
+    (first_name, first), *others = circuits.items()
+    for name, circuit in others:
+        if circuit.graph != first.graph:
+            raise CircuitGraphError(
+                f"compare: {first_name} is of {first.graph!r} and {name} of {circuit.graph!r}; "
+                "only circuits of one model, traced with the same options, have edges in common"
+            )
+    return first
 
 
 def _cut(circuit: Circuit, size: int) -> Circuit | None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuitgraph import _plugins
+from circuitgraph._circuit import Circuit
 from circuitgraph._engine import Engine, Source, SourceKind, TracedModel
-from circuitgraph._errors import TaskError, TraceError, whole_number
+from circuitgraph._errors import CircuitGraphError, TaskError, TraceError, whole_number
 from circuitgraph._metrics import Accuracy, Metric, Target, check_answers, metric_named
 from circuitgraph._pairs import PromptPairs, check_vocabulary
 from circuitgraph._task_files import file_of
@@ -159,6 +160,49 @@ def pose(
         data = draw(found.get("prompts"), found.get("seed", 0)) if found is not None and is_same else pairs
         chosen, fitted_to = OptimalAblation().fit(traced.bind(data, "kl")), digest(data)
     return Question(traced, pairs, named, chosen, name, identity, file.resolve() if file else None, seed, fitted_to)
+
+
+def pose_again(
+    circuit: Circuit,
+    model: Any,
+    task: Task | PromptPairs | str | Path,
+    *,
+    prompts: int | None = None,
+    seed: int = 0,
+    metric: Metric | str | None = None,
+    source: Source | SourceKind | None = None,
+    backend: str = "torch",
+) -> Question:
+    """`pose`, by the metric and the source that the circuit was found with unless they are given; what `Question.check` finds is refused or
+    warned of, and so is what has changed since."""
+    found: Mapping[str, Any] = circuit.provenance
+    if source is None and found.get("source_data"):
+        what = "constants of its own" if found.get("source") == "optimal" else "a mean over its own data set"
+        raise CircuitGraphError(f"the circuit was found with {what}; pass that source")
+    question = pose(
+        model,
+        task,
+        prompts=prompts,
+        seed=seed,
+        metric=metric if metric is not None else found.get("metric"),
+        source=source if source is not None else found.get("source", "corrupted"),
+        backend=backend,
+        found=found if source is None else None,
+    )
+    _warn_of_changes(found, question)
+    question.check()
+    return question
+
+
+def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
+    """Under the same name, the task or the weights may be others than those the circuit was found with."""
+    task, model = (part if isinstance(part := found.get(name), Mapping) else {} for name in ("task", "model"))
+    now = question.traced.provenance
+    if task.get("name") == question.task_name != NO_TASK and task.get("digest") != question.task_digest:
+        warn(f"task {question.task_name} has changed since the circuit was found with it")
+    is_comparable = model.get("name") == question.traced.name and model.get("backend") == now.get("backend")  # each hashes in its own way
+    if is_comparable and model.get("weights_sha256") != now.get("weights_sha256"):
+        warn(f"the weights of {question.traced.name} are others than those the circuit was found with")
 
 
 def _drawn(task: Task | PromptPairs, traced: TracedModel, prompts: int | None, seed: int) -> PromptPairs:

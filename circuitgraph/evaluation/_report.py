@@ -21,7 +21,7 @@ from circuitgraph.evaluation._curve import FaithfulnessCurve
 from circuitgraph.evaluation._knockout import node_version
 from circuitgraph.evaluation._measures import Finding, Measure, measures_named
 from circuitgraph.evaluation._protocol import Protocol
-from circuitgraph.evaluation._question import NO_TASK, Question, pose, warn
+from circuitgraph.evaluation._question import Question, pose_again
 from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
@@ -166,22 +166,7 @@ def evaluate(
     if not isinstance(circuit, Circuit):
         raise CircuitGraphError(f"circuit: {circuit!r}; expected a Circuit, such as Circuit.load reads from a file")
     chosen = measures_named(measures)
-    found: Mapping[str, Any] = circuit.provenance
-    if source is None and found.get("source_data"):
-        what = "constants of its own" if found.get("source") == "optimal" else "a mean over its own data set"
-        raise CircuitGraphError(f"the circuit was found with {what}; pass that source to evaluate()")
-    question = pose(
-        model,
-        task,
-        prompts=prompts,
-        seed=seed,
-        metric=metric if metric is not None else found.get("metric"),
-        source=source if source is not None else found.get("source", "corrupted"),
-        backend=backend,
-        found=found if source is None else None,
-    )
-    _warn_of_changes(found, question)
-    question.check()
+    question = pose_again(circuit, model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
     tell = progress or (lambda fraction, text: None)
     tell(0.0, "evaluating the circuit")
     report, scale = answer(question, circuit), scale_of(question, circuit.graph)
@@ -247,14 +232,3 @@ def with_report(circuit: Circuit, report: Report) -> Circuit:
     names = ("metric", "metric_clean", "metric_corrupted", "metric_circuit", "faithfulness", "node_faithfulness", "complement")
     numbers = {name: getattr(report, name) for name in (*names, "task_accuracy", "edges_kept")}
     return dataclasses.replace(circuit, provenance={**circuit.provenance, **numbers, "protocol": report.protocol.to_dict()})
-
-
-def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
-    """Under the same name, the task or the weights may be others than those the circuit was found with."""
-    task, model = (part if isinstance(part := found.get(name), Mapping) else {} for name in ("task", "model"))
-    now = question.traced.provenance
-    if task.get("name") == question.task_name != NO_TASK and task.get("digest") != question.task_digest:
-        warn(f"task {question.task_name} has changed since the circuit was found with it")
-    is_comparable = model.get("name") == question.traced.name and model.get("backend") == now.get("backend")  # each hashes in its own way
-    if is_comparable and model.get("weights_sha256") != now.get("weights_sha256"):
-        warn(f"the weights of {question.traced.name} are others than those the circuit was found with")
