@@ -113,6 +113,10 @@ def test_sure_and_unsure_edges_are_told_apart() -> None:
     assert high[2] - low[2] == pytest.approx(2 * 1.96 * 0.1 / 40**0.5, rel=0.5)
     assert (low[3], high[3]) == (0, 0)
     assert sure.rows(2)[0][0] == str(GRAPH.edges[0])
+    heading, strongest, *_, count = str(sure).splitlines()
+    assert heading.split() == ["edge", "score", "95%", "interval", "sign", "kept"]
+    assert strongest.split() == [str(GRAPH.edges[0]), "2", "2", "to", "2", "100%"]
+    assert count == f"{min(20, GRAPH.n_edges)} of {GRAPH.n_edges} edges, the strongest first"
 
 
 def test_templates_are_resampled_apart() -> None:

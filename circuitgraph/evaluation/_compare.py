@@ -17,6 +17,7 @@ from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.algorithms import Magnitude, Random
+from circuitgraph.evaluation._columns import aligned
 from circuitgraph.evaluation._faithfulness import Faithfulness
 from circuitgraph.evaluation._overlap import jaccard, jaccard_by_chance
 from circuitgraph.evaluation._protocol import Protocol
@@ -119,10 +120,7 @@ class Comparison:
         return render_joint(self.circuits, path, title=title)
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "in brackets: what random circuits of these sizes would have"])
+        return f"{aligned(self.rows())}\nin brackets: what random circuits of these sizes would have"
 
     def __rich__(self) -> Table:
         from rich.table import Table

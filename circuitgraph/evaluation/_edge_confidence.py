@@ -20,6 +20,7 @@ from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._bootstrap import CONFIDENCE
+from circuitgraph.evaluation._columns import aligned
 from circuitgraph.evaluation._question import pose
 
 if TYPE_CHECKING:
@@ -58,11 +59,21 @@ class EdgeConfidence:
         """The rows for people."""
         from rich.table import Table
 
-        named = [name for name in self.strata if name != "all"]
-        table = Table("edge", "score", f"{CONFIDENCE:.0%} interval", "sign kept", *named, box=None, pad_edge=False)
-        for row in self.rows(n):
-            table.add_row(*(row if named else row[:4]))
+        heading, *rows = self._lines(n)
+        table = Table(*heading, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
         return table
+
+    def __str__(self) -> str:
+        rows = self._lines(20)
+        return f"{aligned(rows)}\n{len(rows) - 1} of {self.graph.n_edges:,} edges, the strongest first"
+
+    def _lines(self, n: int) -> list[tuple[str, ...]]:
+        """A heading and the rows; a column for each stratum if there are several."""
+        named = [name for name in self.strata if name != "all"]
+        heading = ("edge", "score", f"{CONFIDENCE:.0%} interval", "sign kept")
+        return [(*heading, *named), *(row if named else row[: len(heading)] for row in self.rows(n))]
 
     def to_dict(self) -> dict[str, Any]:
         """Every edge of the graph, ready for JSON."""
@@ -78,8 +89,8 @@ class EdgeConfidence:
 
     def rows(self, n: int = 20) -> tuple[tuple[str, ...], ...]:
         """The `n` edges of the largest mean: name, score, interval, sign consistency, and the score in each stratum; as text."""
-        order = np.argsort(-np.abs(np.where(self.graph.visible, self.mean, 0)).ravel(), kind="stable")[:n]
-        places = [divmod(int(i), self.graph.shape[1]) for i in order if self.graph.visible.flat[i]]
+        order = np.argsort(-np.where(self.graph.visible, np.abs(self.mean), -1).ravel(), kind="stable")
+        places = [divmod(int(i), self.graph.shape[1]) for i in order[: min(n, self.graph.n_edges)]]
         return tuple(
             (
                 f"{self.graph.writers[w]}->{self.graph.readers[r]}",

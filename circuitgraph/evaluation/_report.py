@@ -17,6 +17,7 @@ from circuitgraph._errors import CircuitGraphError
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
 from circuitgraph.evaluation._bootstrap import Estimate, Interval
+from circuitgraph.evaluation._columns import aligned
 from circuitgraph.evaluation._curve import FaithfulnessCurve
 from circuitgraph.evaluation._knockout import node_version
 from circuitgraph.evaluation._measures import Finding, Measure, measures_named
@@ -110,8 +111,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+        return aligned(self.rows())
 
     def __rich__(self) -> Table:
         from rich.table import Table

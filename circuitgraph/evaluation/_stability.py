@@ -21,6 +21,7 @@ from circuitgraph._errors import CircuitGraphError, unknown_name, whole_number
 from circuitgraph._graph import Graph
 from circuitgraph._metrics import Metric
 from circuitgraph._pairs import PromptPairs
+from circuitgraph.evaluation._columns import aligned
 from circuitgraph.evaluation._overlap import mean_jaccard, mean_jaccard_by_chance
 from circuitgraph.evaluation._question import Question, pose
 from circuitgraph.evaluation._scale import scale_of
@@ -97,8 +98,7 @@ class Stability:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+        return aligned(self.rows())
 
     def __rich__(self) -> Table:
         from rich.table import Table
