@@ -21,7 +21,7 @@ from circuitgraph.evaluation._columns import aligned
 from circuitgraph.evaluation._faithfulness import Faithfulness
 from circuitgraph.evaluation._overlap import jaccard, jaccard_by_chance
 from circuitgraph.evaluation._protocol import Protocol
-from circuitgraph.evaluation._question import pose_again
+from circuitgraph.evaluation._question import pose_again, warn_of_changes
 from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
@@ -162,6 +162,8 @@ def compare(
     if model is None or task is None:
         return Comparison(dict(circuits))
     question = pose_again(first, model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
+    warn_of_changes(first.provenance, question)
+    question.check()
     size = min(circuit.n_edges for circuit in circuits.values())
     scale = scale_of(question, first.graph)
     cut = {name: part for name, circuit in circuits.items() if (part := _cut(circuit, size)) is not None}

@@ -173,13 +173,12 @@ def pose_again(
     source: Source | SourceKind | None = None,
     backend: str = "torch",
 ) -> Question:
-    """`pose`, by the metric and the source that the circuit was found with unless they are given; what `Question.check` finds is refused or
-    warned of, and so is what has changed since."""
+    """`pose`, by the metric and the source that the circuit was found with unless they are given."""
     found: Mapping[str, Any] = circuit.provenance
     if source is None and found.get("source_data"):
         what = "constants of its own" if found.get("source") == "optimal" else "a mean over its own data set"
         raise CircuitGraphError(f"the circuit was found with {what}; pass that source")
-    question = pose(
+    return pose(
         model,
         task,
         prompts=prompts,
@@ -189,12 +188,9 @@ def pose_again(
         backend=backend,
         found=found if source is None else None,
     )
-    _warn_of_changes(found, question)
-    question.check()
-    return question
 
 
-def _warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
+def warn_of_changes(found: Mapping[str, Any], question: Question) -> None:
     """Under the same name, the task or the weights may be others than those the circuit was found with."""
     task, model = (part if isinstance(part := found.get(name), Mapping) else {} for name in ("task", "model"))
     now = question.traced.provenance

@@ -22,7 +22,7 @@ from circuitgraph.evaluation._curve import FaithfulnessCurve
 from circuitgraph.evaluation._knockout import node_version
 from circuitgraph.evaluation._measures import Finding, Measure, measures_named
 from circuitgraph.evaluation._protocol import Protocol
-from circuitgraph.evaluation._question import Question, pose_again
+from circuitgraph.evaluation._question import Question, pose_again, warn_of_changes
 from circuitgraph.evaluation._scale import scale_of
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def evaluate(
         raise CircuitGraphError(f"circuit: {circuit!r}; expected a Circuit, such as Circuit.load reads from a file")
     chosen = measures_named(measures)
     question = pose_again(circuit, model, task, prompts=prompts, seed=seed, metric=metric, source=source, backend=backend)
+    warn_of_changes(circuit.provenance, question)
+    question.check()
     tell = progress or (lambda fraction, text: None)
     tell(0.0, "evaluating the circuit")
     report, scale = answer(question, circuit), scale_of(question, circuit.graph)
