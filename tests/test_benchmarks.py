@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from engines import SHORT, traced
 
 from benchmarks import __main__ as everything
-from benchmarks import algorithms, backends, backends_case, clock, eap, eap_case, machine, startup, tables, trace_proof
+from benchmarks import algorithms, backends, backends_case, clock, eap, eap_case, machine, node_estimates, startup, tables, trace_proof
+from circuitgraph import EAP, ActivationPatching, AttributionPatching
 
 
 def test_trace_proof_passes_and_has_its_noise_floors() -> None:
@@ -119,3 +122,24 @@ def test_the_page_of_algorithms_is_written_from_its_cells() -> None:
     assert all(result.refused is None for result in zoo.results)
     with pytest.raises(ValueError, match="zoo"):
         algorithms.with_tables("no marks", {"zoo": zoo})
+
+
+def test_estimates_of_nodes_are_held_against_patching() -> None:
+    engine = traced("reference", "gpt2 of three layers").bind(SHORT, "logit_diff")
+    nodes = [writer.name for writer in engine.graph.writers]
+    eap, attributed = (node_estimates.node_scores(algorithm, engine) for algorithm in (EAP(), AttributionPatching()))
+    assert np.allclose(eap, attributed)
+    patched = ActivationPatching(level="node").run(engine).record["nodes"]
+    rows = node_estimates.compared(engine)
+    assert [row[0] for row in rows] == [*node_estimates.ESTIMATES]
+    assert all(len(row) + 2 == len(node_estimates.COLUMNS) for row in rows)
+    assert rows[0][-2:] == (f"{eap[nodes.index('m0')]:.3f}", f"{patched['m0']:.3f}")
+    heads = [number for number, name in enumerate(nodes) if name.startswith("a")]
+    assert rows[0][3] == f"{np.corrcoef(eap[heads], [patched[nodes[head]] for head in heads])[0, 1]:.3f}"
+
+
+def test_the_page_has_all_estimates_of_nodes() -> None:
+    page = node_estimates.PAGE.read_text()
+    table = page[page.index(node_estimates.START) : page.index(node_estimates.END)]
+    assert all(f"| {task} |" in table for task in node_estimates.TASKS)
+    assert all(f"| {name} |" in table for name in node_estimates.ESTIMATES)
