@@ -19,6 +19,7 @@ from circuitgraph_torch._collect import Collector, Spans
 from circuitgraph_torch._forward import AttentionStep, InputStep, Tape
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
 from circuitgraph_torch._recomputed import Recomputed
+from circuitgraph_torch._spare import Room
 from circuitgraph_torch._splits import CrossLayerSplit
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Backward:
         self._joints, self._sites, self._collector, self._spans = joints, sites, collector, spans
         self._recomputed = recomputed
         self._corrections: Tensor | None = None
+        self._folded = Room()
         self._active: dict[int, Tensor] = {}  # the gradients of what features are that write to later layers
         self.rule = EXACT
 
@@ -122,19 +124,20 @@ class Backward:
         whole = len(which) == joint.n_readers
 
         def of_readers(values: Tensor) -> Tensor:
-            values = values.view(n * length, joint.n_readers, joint.head_dim).transpose(0, 1)
+            values = values.reshape(n * length, joint.n_readers, joint.head_dim).transpose(0, 1)
             return values if whole else values[readers]
 
-        given, weights = of_readers(grad), joint.weights if whole else joint.weights[readers]
+        given = of_readers(grad)
         grads = self._collector.room(len(which), step.x[0])
         room = grads.flatten(1, 2)
         if joint.norm is None:
-            torch.bmm(given, weights, out=room)
+            torch.bmm(given, joint.weights if whole else joint.weights[readers], out=room)
             return grads
         xhat, scale = (part.flatten(1, 2) for part in joint.norm.standardised(step.x))
         if step.plan.n_distinct > 1:
             xhat, scale = xhat[step.plan.row_of[which]], scale[step.plan.row_of[which]]
-        torch.bmm(given * scale, joint.norm.folded(weights), out=room)
+        folded = joint.folded(self._folded)
+        torch.bmm(given * scale, folded if whole else folded[readers], out=room)
         if self.rule.norms != "frozen":
             of_input = of_readers(step.projected.detach()) - joint.at_zero[readers, None]
             along = (given * of_input).sum(-1, keepdim=True) / xhat.shape[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ _IN_CACHE = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A traced model in its parts. `largest`: how many prompts a batch may have at most, where memory said so. `spare`: for runs
-    of all writers."""
+    """A traced model in its parts. `largest`: how many prompts a batch may have at most, where memory said so. `looks_back`: no position
+    hears of later ones. `spare`: for runs of all writers."""
 
     model: nn.Module
     architecture: Architecture
@@ -50,6 +50,7 @@ class Parts:
     sites: Sites
     budget: MemoryBudget
     largest: int | None = None
+    looks_back: bool = False
     spare: Spare = field(default_factory=Spare)
     _calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
 
@@ -117,9 +118,20 @@ class Batch:
         """The model's own run."""
         return self._plain(self._input)
 
-    def other_values(self) -> Tensor:
-        """What the writers say on the pairs' other prompts, `[writers, prompts, position, d_model]`."""
-        return self._plain(self._parts.embed(self._other_ids)).values
+    def other_run(self) -> SourceRun:
+        """The run of the pairs' other prompts."""
+        first = self._first_difference
+        run = self._plain(self._parts.embed(self._other_ids), n_noted=first)
+        later = replace(self.source_run(run.values[:, :, first:]), n_before=first, before=run.noted) if first else None
+        return replace(self.source_run(run.values), later=later)
+
+    @property
+    def _first_difference(self) -> int:
+        """The first position at which something may be said that is not said on the other prompts; the last one if there is none."""
+        if not self._parts.looks_back:
+            return 0
+        differs = np.append((self.live_ids != self._other_ids).any(axis=0)[:-1], True)
+        return int(np.argmax(differs))
 
     def source_run(self, values: Tensor) -> SourceRun:
         return SourceRun(values, self._parts.joints, self._parts.sites)
@@ -204,10 +216,11 @@ class Batch:
     def gradient(
         self, mask: Float[ndarray, "readers writers"], source: SourceRun, mixes: Sequence[float], rule: Rule
     ) -> Float[ndarray, "prompts readers writers"]:
-        """The mean of the gradients at these mixes. At `m = 1` several runs of mixed prompts share a pass."""
+        """The mean of the gradients at these mixes. At `m = 1` several runs of mixed prompts share a pass. Where the source is the same as
+        the prompts nothing is scored, so nothing is run."""
         visible = self._parts.sites.graph.visible
         is_live = bool((mask[visible] == 1).all())
-        differences = None
+        source, differences = source.later or source, None
         if is_live and [*mixes] != [1.0]:
             differences = self._live_differences(source)
         elif any(mix != 1.0 for mix in mixes):
@@ -236,12 +249,12 @@ class Batch:
         else:
             x, bank = self._from_the_input(mask, source, self._mixed(source, mixes[0]), tape)
             differences = bank.own[0] if differences is None else differences
-        spans = self._by_span(mask)
+        spans = self._by_span(mask, source.n_before)
         scores = EdgeScores(self._parts.sites, differences, spans)
         recomputed = None
         if rule.patterns == "recomputed":
             recomputed = Recomputed(
-                self._parts.joints, self._parts.sites, self._calls, scores, differences, spans, self._parts.budget.lanes
+                self._parts.joints, self._parts.sites, self._calls, source.before, scores, differences, spans, self._parts.budget.lanes
             )
         self._backward(tape, x[0], scores, spans, recomputed)
         return scores.scores()
@@ -278,14 +291,15 @@ class Batch:
 
     def _mixed(self, source: SourceRun, mix: float) -> Tensor:
         """What the input says on the way from the source to the prompts."""
-        return self._input if mix == 1.0 else source.values[0] + mix * (self._input - source.values[0])
+        x = self._input[:, source.n_before :]
+        return x if mix == 1.0 else source.values[0] + mix * (x - source.values[0])
 
     @cached_property
     def _spans(self) -> Tensor:
         return torch.from_numpy(self._bucket.spans).to(self._parts.device)
 
-    def _by_span(self, mask: Float[ndarray, "readers writers"]) -> Spans | None:
-        return Spans(self._spans, mask.shape[2]) if mask.ndim == 3 else None
+    def _by_span(self, mask: Float[ndarray, "readers writers"], n_before: int = 0) -> Spans | None:
+        return Spans(self._spans[:, n_before:], mask.shape[2]) if mask.ndim == 3 else None
 
     def values(self, mask: Float[ndarray, "readers writers"] | None, source: SourceRun) -> Tensor:
         """What every writer says under a mask, `[writers, prompts, position, d_model]`."""
@@ -303,35 +317,41 @@ class Batch:
         self, mask: Float[ndarray, "readers writers"], source: SourceRun, start: Tensor, tape: Tape | None
     ) -> tuple[Tensor, Bank]:
         everything = np.ones(len(self._parts.sites.graph.writers), dtype=bool)
-        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans, self._parts.spare)
+        bank = Bank(start.new_empty(0, *start.shape), 1, everything, start, self._spans[:, source.n_before :], self._parts.spare)
         bank.write(np.array([0]), start[None, None], source.values[:1, None])
         forward = self._forward(mask[None], source, np.ones(mask.shape[0], dtype=bool), tape)
         return forward.run(bank, start[None], 0), bank
 
-    def _plain(self, start: Tensor) -> LiveRun:
+    def _plain(self, start: Tensor, *, n_noted: int = 0) -> LiveRun:
         sites = self._parts.sites
         ones = np.ones((1, *sites.graph.shape), dtype=np.float32)
         zero = self.source_run(start.new_zeros(len(sites.graph.writers), 1, 1, start.shape[-1]))
         bank = Bank(start.new_empty(0, *start.shape), 1, np.ones(ones.shape[2], dtype=bool), start, allocate=self._parts.spare)
         bank.write(np.array([0]), start[None, None], zero.values[:1, None])
-        forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool))
+        forward = self._forward(ones, zero, np.ones(ones.shape[1], dtype=bool), n_noted=n_noted)
         forward.run(bank, start[None], 0)
-        return LiveRun(bank.own[0], forward.streams, forward.active)
+        return LiveRun(bank.own[0], forward.streams, forward.active, forward.noted)
 
     def _forward(
-        self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun, needed: Bool[ndarray, " readers"], tape: Tape | None = None
+        self,
+        masks: Float[ndarray, "lanes readers writers"],
+        source: SourceRun,
+        needed: Bool[ndarray, " readers"],
+        tape: Tape | None = None,
+        *,
+        n_noted: int = 0,
     ) -> Forward:
-        return Forward(self._parts.joints, self._parts.sites, self._calls, masks, source, needed, tape)
+        return Forward(self._parts.joints, self._parts.sites, self._calls, masks, source, needed, tape, n_noted)
 
     def _live_differences(self, source: SourceRun) -> Tensor:
         if self._differences is None or self._differences[0] is not source:
-            self._differences = (source, self.live.values - source.values)
+            self._differences = (source, self.live.values[:, :, source.n_before :] - source.values)
         return self._differences[1]
 
     def _unmixed_differences(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Tensor:
         key = mask.tobytes()
         if self._unmixed is None or self._unmixed[0] is not source or self._unmixed[1] != key:
-            _, bank = self._from_the_input(mask, source, self._input, None)
+            _, bank = self._from_the_input(mask, source, self._mixed(source, 1.0), None)
             self._unmixed = (source, key, bank.own[0])
         return self._unmixed[2]
 

@@ -191,7 +191,7 @@ class TorchEngine:
         if override is not None:
             return batch.source_run(self._own_values(override, number))
         if number not in self._sources:
-            self._sources[number] = batch.source_run(self._source_values(batch))
+            self._sources[number] = self._own_source(batch)
         return self._sources[number]
 
     def _own_values(self, values: WriterValues, number: int) -> Tensor:
@@ -204,9 +204,11 @@ class TorchEngine:
         stacked = np.stack([values[int(i)] for i in batch.index], axis=1)
         return torch.from_numpy(stacked).to(next(self._parts.model.parameters()))
 
-    def _source_values(self, batch: Batch) -> Tensor:
-        if self._source.kind == "corrupted":
-            return batch.other_values()
+    def _own_source(self, batch: Batch) -> SourceRun:
+        return batch.other_run() if self._source.kind == "corrupted" else batch.source_run(self._constants(batch))
+
+    def _constants(self, batch: Batch) -> Tensor:
+        """What each writer says in a source that knows no other prompts."""
         if self._source.kind == "zero":
             d_model = self._parts.architecture.d_model
             return next(self._parts.model.parameters()).new_zeros(len(self.graph.writers), 1, 1, d_model)

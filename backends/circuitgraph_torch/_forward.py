@@ -33,11 +33,18 @@ class SourceRun:
 
     `heard(site)` is the sum that readers of a site would see there. The sums are made when the first reader falls back to them, which none
     does at `m = 1`. `stream(layer)` is that before a layer, and the stream after the last one.
+
+    `later`: the same run from the first position at which it may differ from the model's own, if that is known. It, and whatever is run
+    against it, leaves the `n_before` positions before out, but for what attention hears of them: `before`, by layer,
+    `[prompts, position, readers * head_dim]`.
     """
 
     values: Tensor
     joints: ModelJoints
     sites: Sites
+    later: SourceRun | None = None
+    n_before: int = 0
+    before: Mapping[int, Tensor] = field(default_factory=dict)
 
     def heard(self, site: Site) -> Tensor:
         return self._streams[0][site.first]
@@ -75,11 +82,12 @@ class SourceRun:
 @dataclass(frozen=True, eq=False)
 class LiveRun:
     """The model's own run: `values` `[writers, prompts, position, d_model]`, the stream before each layer and at the end, and what features
-    are that write to later layers, `[2, prompts, position, features]` by layer (see `CrossLayerSplit`)."""
+    are that write to later layers, `[2, prompts, position, features]` by layer (see `CrossLayerSplit`). `noted`: see `Forward`."""
 
     values: Tensor
     streams: tuple[Tensor, ...]
     active: Mapping[int, Tensor]
+    noted: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +133,8 @@ class Forward:
     """One run under a stack of masks. Lanes and prompts share the batch: `[lanes, prompts, position, d_model]`.
 
     `start` and `stream`: the layer to begin at and the stream there, with the writers before it in `bank` already, and in `active` what
-    features are that write to later layers, `[2, prompts, position, features]`.
+    features are that write to later layers, `[2, prompts, position, features]`. `n_noted`: at how many first positions what is projected
+    is kept in `noted`, by layer, `[lanes * prompts, n_noted, readers * head_dim]`.
     """
 
     def __init__(
@@ -137,8 +146,11 @@ class Forward:
         source: SourceRun,
         needed: Bool[ndarray, " readers"],
         tape: Tape | None = None,
+        n_noted: int = 0,
     ) -> None:
         self._joints, self._sites, self._calls = joints, sites, calls
+        self.noted: dict[int, Tensor] = {}
+        self._n_noted = n_noted
         self._masks, self._source, self._needed = masks, source, needed
         self._tape = tape
         self._streams: list[Tensor] = []
@@ -193,7 +205,8 @@ class Forward:
                 projected.requires_grad_(self._tape is not None)
                 # One pass for all is enough to run, but not to tell apart the gradients of readers that say the same.
                 shared = self._tape is None and plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
-                mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared)
+                before = self._source.before.get(number)
+                mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared, before=before)
                 is_frozen = self._tape is not None and self._tape.rule.norms == "frozen"
                 if self._tape is not None:
                     joint.check_rule(self._tape.rule)
@@ -205,6 +218,8 @@ class Forward:
                     written = self._kept(split(joint, mixed, is_frozen=is_frozen), alive - ids.start)
             if self._tape is not None:
                 self._tape.attention[number] = AttentionStep(plan, x[0], projected, get_gradient_edge(written), len(written))
+            if self._n_noted:
+                self.noted[number] = projected.detach().flatten(0, 1)[:, : self._n_noted].clone()
             stream = self._add(stream, alive, written.detach())
         stream = self._add_sources(stream, np.setdiff1d(writers, alive))
         return _added(stream, joints.attention_constant)

@@ -21,6 +21,7 @@ from circuitgraph_torch._calls import AttentionCall
 from circuitgraph_torch._few_rows import linear_of_few
 from circuitgraph_torch._mlp import MLPJoint
 from circuitgraph_torch._norms import NormJoint, norms_in
+from circuitgraph_torch._spare import Room
 from circuitgraph_torch._splits import AttentionSplit, CrossLayerSplit, MLPSplit, NeuronSplit, OutputSplit, Split, Splits
 from circuitgraph_torch._twin import twin
 
@@ -79,6 +80,18 @@ class AttentionJoint:
         normed = zeros if self.norm is None else self.norm.module(zeros)
         return (self.weights @ normed[0] + self.biases).detach()
 
+    def folded(self, room: Room) -> Tensor:
+        """The weights as maps of the standardised input (but for what comes of the norm's bias), `[readers, head_dim, d_model]`."""
+        assert self.norm is not None
+        return torch.addcmul(self._off_centre, self.weights, self.norm.gain_of(self.weights), out=room(self.n_readers, self.weights[0]))
+
+    @cached_property
+    def _off_centre(self) -> Tensor:
+        """What a layer norm's taking the mean away takes from the weights, `[readers, head_dim, 1]`, negative."""
+        assert self.norm is not None
+        mean = (self.weights @ self.norm.gain_of(self.weights) / self.weights.shape[-1])[..., None]
+        return -mean if self.norm.kind == "layer" else torch.zeros_like(mean)
+
     def check_rule(self, rule: Rule) -> None:
         """Raises `CircuitGraphError` where a norm inside the attention, which is left to the model's own code, would have to be frozen."""
         heard = [path for path in self._inner_norms if rule.patterns != "frozen" or path.rpartition(".")[2].startswith("v")]
@@ -88,7 +101,7 @@ class AttentionJoint:
                 f"{'' if rule.patterns == 'frozen' else ', or with patterns frozen too'}"
             )
 
-    def _columns(self, attention: Attention, member: int) -> dict[str, Tensor]:
+    def _columns(self, attention: Attention, member: int) -> _Columns:
         """For each projection module, which columns of the readers' outputs side by side are its features."""
         features: dict[str, dict[int, int]] = {path: {} for path in self._given}
         reader = 0
@@ -99,24 +112,27 @@ class AttentionJoint:
                 for column, feature in enumerate(projection.features(head)):
                     features[projection.path][feature] = row * self.head_dim + column
             reader += self.n_heads if grouped and self.kv_per_head else projection.n_heads
-        device = self.weights.device
-        return {path: torch.tensor([at[f] for f in range(len(at))], device=device) for path, at in features.items()}
+        columns = {path: [at[f] for f in range(len(at))] for path, at in features.items()}
+        return _Columns(columns, self.n_readers * self.head_dim, self.weights.device)
 
-    def attend(self, projected: Tensor, call: AttentionCall, *, rows_are_shared: bool) -> Tensor:
+    def attend(self, projected: Tensor, call: AttentionCall, *, rows_are_shared: bool, before: Tensor | None = None) -> Tensor:
         """The heads' mixed values `[prompts, position, heads, head_dim]` from `projected` `[prompts, position, readers * head_dim]`.
 
-        `rows_are_shared`: all readers of a kind say the same within each group, so one pass is enough.
+        `rows_are_shared`: all readers of a kind say the same within each group, so one pass is enough. `before`: what was projected at
+        earlier positions, if those are not in `projected`; there may be several times as many rows as in it, for the same prompts.
         """
         passes = self._passes[:1] if rows_are_shared else self._passes
-        mixed = [self._pass(projected, columns, call) for columns in passes]
+        if before is not None:
+            projected = torch.cat([before.repeat(len(projected) // len(before), 1, 1), projected], 1)
+        mixed = [self._pass(projected, columns, call)[:, 0 if before is None else before.shape[1] :] for columns in passes]
         if len(mixed) == 1:
             return mixed[0]
         member = torch.arange(self.n_heads, device=projected.device) % self.group_size
         return torch.stack(mixed)[member, :, :, torch.arange(self.n_heads, device=projected.device)].permute(1, 2, 0, 3)
 
-    def _pass(self, projected: Tensor, columns: dict[str, Tensor], call: AttentionCall) -> Tensor:
-        for path, index in columns.items():
-            self._given[path].value = _take(projected, index)
+    def _pass(self, projected: Tensor, columns: _Columns, call: AttentionCall) -> Tensor:
+        for path, value in columns.shared_out(projected).items():
+            self._given[path].value = value
         n, length = projected.shape[:2]
         args, kwargs = call.with_hidden(call.hidden.new_zeros(1, 1, 1).expand(n, length, call.hidden.shape[-1]))
         self._twin(*args, **kwargs)
@@ -259,12 +275,19 @@ def _head_weights(model: nn.Module, projection: Projection) -> tuple[Tensor, Ten
     return weight[features], weight.new_zeros(features.shape) if bias is None else bias[features]
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Columns of the last axis; a slice where they are consecutive."""
-    first, last = int(index[0]), int(index[-1])
-    if last - first == len(index) - 1 and bool((index[1:] - index[:-1] == 1).all()):
-        return values[..., first : last + 1]
-    return values[..., index]
+class _Columns:
+    """Some columns of a last axis of this width for everyone. Where they stand side by side in order, the axis is only cut, which is cheap
+    to go back through."""
+
+    def __init__(self, columns: dict[str, list[int]], width: int, device: torch.device) -> None:
+        in_order = [column for some in columns.values() for column in some] == [*range(width)]
+        self._sizes = [len(some) for some in columns.values()] if in_order else []
+        self._index = {path: torch.tensor(some, device=device) for path, some in columns.items()}
+
+    def shared_out(self, values: Tensor) -> dict[str, Tensor]:
+        if self._sizes:
+            return dict(zip(self._index, values.split(self._sizes, dim=-1), strict=True))
+        return {path: values[..., index] for path, index in self._index.items()}
 
 
 class _Given(nn.Module):

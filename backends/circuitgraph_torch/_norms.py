@@ -36,16 +36,15 @@ class NormJoint:
         y: Tensor = _Frozen.apply(x, self) if is_frozen else self.module(x)  # type: ignore[no-untyped-call]
         return y
 
+    def gain_of(self, like: Tensor) -> Tensor:
+        """The gain as `[d_model]`, where it is a number too."""
+        return self.gain if isinstance(self.gain, Tensor) else like.new_full(like.shape[-1:], self.gain)
+
     def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`."""
         centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return centred * scale, scale
-
-    def folded(self, weights: Tensor) -> Tensor:
-        """Linear maps `[..., d_model]` of the norm's output, made maps of the standardised input (but for the norm's bias)."""
-        folded = weights * self.gain
-        return folded.sub_(folded.mean(-1, keepdim=True)) if self.kind == "layer" else folded
 
     def backward_(self, grad: Tensor, x: Tensor, *, is_frozen: bool = False) -> Tensor:
         """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""

@@ -75,6 +75,15 @@ def prove(parts: Parts, *, n_prompts: int = 2, seed: int = 0) -> Proof:
     return Proof(residual, logits, float(original.abs().max()), tolerance)
 
 
+def looks_back(parts: Parts) -> bool:
+    """Whether other tokens in the second half of some prompts leave all logits of the first half as they are, to the bit."""
+    length = min(8, parts.longest)
+    ids = np.random.default_rng(1).integers(0, parts.architecture.vocabulary, (2, 2, length))
+    ids[1, :, : length // 2] = ids[0, :, : length // 2]
+    one, other = (original_logits(parts.model, torch.from_numpy(some).to(parts.device))[:, : length // 2] for some in ids)
+    return torch.equal(one, other)
+
+
 def checks(parts: Parts, pairs: PromptPairs) -> Iterator[Check]:
     """The invariants of a trace on somebody's prompts, cheapest first."""
     tolerance = _TOLERANCE.get(next(parts.model.parameters()).dtype, 1e-5)

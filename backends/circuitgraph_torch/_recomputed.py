@@ -8,7 +8,7 @@ with writers as an extra batch: once for all queries of a layer, since no head l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 class Recomputed:
     """Puts the scores of the `q` and `k` readers of a run at `m = 1`, layer by layer, into `scores`.
 
-    `differences` are `[writers, prompts, position, d_model]`; the rows of a run may be several runs of the prompts, one after the other.
+    `before`: what is projected at positions that are left out (see `SourceRun`), by layer. `differences` are
+    `[writers, prompts, position, d_model]`; the rows of a run may be several runs of the prompts, one after the other.
     `most_bytes` is what one call of the attention code may take.
     """
 
     joints: ModelJoints
     sites: Sites
     calls: Sequence[AttentionCall]
+    before: Mapping[int, Tensor]
     scores: EdgeScores
     differences: Tensor
     spans: Spans | None
@@ -49,12 +51,13 @@ class Recomputed:
         site, joint = self.sites.layers[number].attention, self.joints.layers[number].attention
         assert site is not None
         assert joint is not None
-        mixed = joint.attend(projected, self.calls[number], rows_are_shared=True)
+        call, before = self.calls[number], self.before.get(number)
+        mixed = joint.attend(projected, call, rows_are_shared=True, before=before)
         with torch.enable_grad():
             mixed.requires_grad_()
             written = joint.write(mixed, range(joint.n_heads), is_frozen=is_frozen)
         (grad,) = torch.autograd.grad(written, mixed, grad_heads.expand(written.shape))
-        layer = _Layer(joint, self.calls[number], x, projected, mixed.detach(), grad, self.differences[: site.n_visible], self.spans)
+        layer = _Layer(joint, call, before, x, projected, mixed.detach(), grad, self.differences[: site.n_visible], self.spans)
         for readers in _together(joint):
             self.scores.put(site, np.arange(readers.start, readers.stop), layer.scores(readers, self.most_bytes))
 
@@ -74,6 +77,7 @@ class _Layer:
 
     joint: AttentionJoint
     call: AttentionCall
+    before: Tensor | None
     x: Tensor
     projected: Tensor
     mixed: Tensor
@@ -110,7 +114,7 @@ class _Layer:
         columns = projected[..., readers.start * joint.head_dim : readers.stop * joint.head_dim]
         columns.copy_(functional.linear(normed, joint.weights[chosen].flatten(0, 1), joint.biases[chosen].flatten()).flatten(1, 2))
         # All readers of a group that are patched say the same; where one is patched by itself, they do not.
-        mixed = joint.attend(projected.flatten(0, 1), self.call, rows_are_shared=not joint.couples_heads)
+        mixed = joint.attend(projected.flatten(0, 1), self.call, rows_are_shared=not joint.couples_heads, before=self.before)
         change = ((mixed.view(len(x), *self.mixed.shape) - self.mixed) * self.grad).sum(-1)
         return change.view(*x.shape[:3], *change.shape[2:]).sum(1)
 
@@ -125,7 +129,7 @@ class _Layer:
 
     @property
     def _bytes_per_writer(self) -> int:
-        positions = self.x.shape[0] * self.x.shape[1]
+        positions = self.x.shape[0] * (self.x.shape[1] + (0 if self.before is None else self.before.shape[1]))
         joint = self.joint
         width = 3 * self.x.shape[-1] + (2 * joint.n_readers + 6 * joint.n_heads) * joint.head_dim + 2 * joint.n_heads * self.x.shape[1]
         return positions * width * self.x.element_size()

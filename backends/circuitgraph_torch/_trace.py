@@ -34,7 +34,7 @@ from circuitgraph_torch._load import Loaded, load
 from circuitgraph_torch._measures import measured
 from circuitgraph_torch._modes import undisturbed
 from circuitgraph_torch._places import spots
-from circuitgraph_torch._prove import Proof, checks, prove
+from circuitgraph_torch._prove import Proof, checks, looks_back, prove
 from circuitgraph_torch._seen import logit_weights, seen_by, width_of
 from circuitgraph_torch._training import Training
 
@@ -183,7 +183,7 @@ def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None
     found = find_architecture(module) if architecture is None else architecture
     joints = ModelJoints.of(module, found, per_head_kv=per_head_kv)
     parts = Parts(module, found, joints, Sites.of(found.graph(per_head_kv=per_head_kv), len(found.blocks)), MemoryBudget.unlimited())
-    return TorchModel(loaded.name, loaded.tokenizer, prove(parts), replace(parts, budget=budget))
+    return TorchModel(loaded.name, loaded.tokenizer, prove(parts), replace(parts, budget=budget, looks_back=looks_back(parts)))
 
 
 def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | torch.dtype | None) -> nn.Module:
