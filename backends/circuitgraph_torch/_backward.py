@@ -19,6 +19,7 @@ from circuitgraph_torch._bank import Plan, by_position, to_tensor
 from circuitgraph_torch._collect import Collector, Spans
 from circuitgraph_torch._forward import AttentionStep, InputStep, Tape
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
+from circuitgraph_torch._reader_grads import ReaderGrads
 from circuitgraph_torch._recomputed import Recomputed
 from circuitgraph_torch._spare import Room
 from circuitgraph_torch._splits import CrossLayerSplit
@@ -41,10 +42,13 @@ class Backward:
         self._active: dict[int, Tensor] = {}  # the gradients of what features are that write to later layers
         self.rule = EXACT
 
-    def run(self, tape: Tape, grad_logits_input: Tensor, length: int) -> None:
-        """From the gradient of the logits' input at the last position, `[prompts, 1, d_model]`, of prompts of this length."""
+    def run(self, tape: Tape, grad_logits_input: Tensor, length: int, n_runs: int = 1) -> None:
+        """From the gradient of the logits' input at the last position, `[rows, 1, d_model]`, of prompts of this length.
+
+        The rows may be those of several runs of the prompts, one after the other, in which all readers of a site hear the same.
+        """
         assert tape.logits is not None
-        self.rule, self._length, self._is_at_end = tape.rule, length, True
+        self.rule, self._length, self._n_runs, self._is_at_end = tape.rule, length, n_runs, True
         self._collector.add(self._sites.logits, tape.logits.readers, grad_logits_input[None], last_only=True)
         self._stream = torch.zeros_like(grad_logits_input)
         self._propagate(tape.logits, grad_logits_input[None])
@@ -72,11 +76,12 @@ class Backward:
             grad_heads = self._writer_grads(layer.attention_writers) if grad_heads is None else grad_heads
             grad_heads = grad_heads[: attention.n_written]  # where the heads wrote together, they share one
             which = self._live_readers(joint.attention, attention.plan)
-            grads = self.reader_grads(joint.attention, attention, grad_heads, which)
+            found = self.reader_grads(joint.attention, attention, grad_heads, which)
+            grads = found.over_runs(self._n_runs, self._collector.room)
             if number == tape.ends_at:
                 self._spread()
             self._collector.add(layer.attention, attention.plan.readers[which], grads)
-            self._propagate(attention.plan, _sum_by_row(attention.plan, grads, which))
+            self._propagate(attention.plan, _sum_by_row(attention.plan, grads, which) if self._n_runs == 1 else found.added())
             if self._recomputed is not None:
                 projected = attention.projected.detach()[0]
                 self._recomputed.layer(number, attention.x[0], projected, grad_heads, is_frozen=self.rule.norms == "frozen")
@@ -124,37 +129,10 @@ class Backward:
             return np.flatnonzero(plan.readers >= joint.first_value)
         return np.arange(len(plan.readers))
 
-    def reader_grads(self, joint: AttentionJoint, step: AttentionStep, grad_heads: Tensor, which: Int[ndarray, " some"]) -> Tensor:
-        """`[some readers, prompts, position, d_model]`, in the collector's memory.
-
-        Through the norm before the projections, by its formula: `scale * (W' g - xhat <g, W' xhat> / d_model)`, where `W'` are the weights
-        with the norm's gain (and centred, for a layer norm) and `W' xhat` is what was projected, less what is of no input.
-        """
+    def reader_grads(self, joint: AttentionJoint, step: AttentionStep, grad_heads: Tensor, which: Int[ndarray, " some"]) -> ReaderGrads:
+        """Of some of the readers of a step, from the gradient of what the heads write."""
         (grad,) = torch.autograd.grad(step.written, step.projected, grad_heads)
-        n, length = grad.shape[1:3]
-        readers = torch.from_numpy(step.plan.readers[which]).to(grad.device)
-        whole = len(which) == joint.n_readers
-
-        def of_readers(values: Tensor) -> Tensor:
-            values = values.reshape(n * length, joint.n_readers, joint.head_dim).transpose(0, 1)
-            return values if whole else values[readers]
-
-        given = of_readers(grad)
-        grads = self._collector.room(len(which), step.x[0])
-        room = grads.flatten(1, 2)
-        if joint.norm is None:
-            torch.bmm(given, joint.weights if whole else joint.weights[readers], out=room)
-            return grads
-        xhat, scale = (part.flatten(1, 2) for part in joint.norm.standardised(step.x))
-        if step.plan.n_distinct > 1:
-            xhat, scale = xhat[step.plan.row_of[which]], scale[step.plan.row_of[which]]
-        folded = joint.folded(self._folded)
-        torch.bmm(given * scale, folded if whole else folded[readers], out=room)
-        if self.rule.norms != "frozen":
-            of_input = of_readers(step.projected.detach()) - joint.at_zero[readers, None]
-            along = (given * of_input).sum(-1, keepdim=True) / xhat.shape[-1]
-            room.addcmul_(xhat, along * scale, value=-1)
-        return grads
+        return ReaderGrads.of(joint, step, grad, which, self._folded, is_frozen=self.rule.norms == "frozen")
 
     def _propagate(self, plan: Plan, grads: Tensor) -> None:
         """Hand the gradients of a site's distinct inputs `[distinct, prompts, position, d_model]` on to the writers it read."""

@@ -282,7 +282,7 @@ class Batch:
             runs = last[:, 0].unflatten(0, (-1, len(self)))
             total = self._measure(runs, is_frozen=tape.rule.norms == "frozen").sum()
         (grad,) = torch.autograd.grad(total, last)
-        Backward(self._parts.joints, self._parts.sites, collector, spans, recomputed).run(tape, grad, length)
+        Backward(self._parts.joints, self._parts.sites, collector, spans, recomputed).run(tape, grad, length, len(runs))
 
     def _together(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mixes: Sequence[float], tape: Tape) -> Tensor:
         """The logits' inputs at `m = 1` of the runs at some mixes, one after the other; nothing is kept of what single writers say."""

@@ -158,7 +158,7 @@ class _Downwards:
             if joints.attention is not None and step is not None:
                 of_heads = after if joints.is_parallel else self._grad  # a parallel MLP does not hear them
                 which = np.flatnonzero(step.plan.readers >= joints.attention.first_value)
-                self._grad = self._grad + back.reader_grads(joints.attention, step, of_heads[None], which).sum(0)
+                self._grad = self._grad + back.reader_grads(joints.attention, step, of_heads[None], which).added()[0]
         self._score(range(1), self._grad)
         return self._scores
 
