@@ -65,11 +65,6 @@ class Sites:
         """Whether a component was replaced by its parts."""
         return any(writer.part_of for writer in self.graph.writers)
 
-    @property
-    def last_attention(self) -> int | None:
-        """The last layer with one: what is said after it at a position is heard at that position only."""
-        return max((number for number, layer in enumerate(self.layers) if layer.attention is not None), default=None)
-
     @cached_property
     def layer_of_row(self) -> Int[ndarray, " readers"]:
         """The layer of each reader; the logits come after the last."""

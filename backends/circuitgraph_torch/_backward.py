@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from circuitgraph._engine import EXACT
 from circuitgraph._sites import Site, Sites
@@ -48,20 +47,18 @@ class Backward:
         The rows may be those of several runs of the prompts, one after the other, in which all readers of a site hear the same.
         """
         assert tape.logits is not None
-        self.rule, self._length, self._n_runs, self._is_at_end = tape.rule, length, n_runs, True
+        self.rule, self._n_runs = tape.rule, n_runs
         self._collector.add(self._sites.logits, tape.logits.readers, grad_logits_input[None], last_only=True)
-        self._stream = torch.zeros_like(grad_logits_input)
-        self._propagate(tape.logits, grad_logits_input[None])
-        if tape.ends_at is None:
-            self._spread()
+        spread = grad_logits_input.new_zeros(len(grad_logits_input), length, grad_logits_input.shape[-1])
+        self._stream = torch.zeros_like(spread)
+        spread[:, -1:] = grad_logits_input
+        self._propagate(tape.logits, spread[None])
         n_layers = len(self._sites.layers)
         self._split_stream(tape.stream.get(n_layers), self._sites.stream, self._sites.stream_writers)
         for number in range(n_layers - 1, -1, -1):
             if number != tape.rule.dropped_layer:
                 self._layer(number, tape)
                 continue
-            if number == tape.ends_at:
-                self._spread()
             if (step := tape.mlp.get(number)) is not None and step.earlier is not None:
                 writers = self._sites.layers[number].mlp_writers
                 self._to_earlier(number, torch.autograd.grad(step.written, step.earlier, self._writer_grads(writers)[: step.n_written])[0])
@@ -78,8 +75,6 @@ class Backward:
             which = self._live_readers(joint.attention, attention.plan)
             found = self.reader_grads(joint.attention, attention, grad_heads, which)
             grads = found.over_runs(self._n_runs, self._collector.room)
-            if number == tape.ends_at:
-                self._spread()
             self._collector.add(layer.attention, attention.plan.readers[which], grads)
             self._propagate(attention.plan, _sum_by_row(attention.plan, grads, which) if self._n_runs == 1 else found.added())
             if self._recomputed is not None:
@@ -97,15 +92,8 @@ class Backward:
         for grads in of_earlier:
             self._to_earlier(number, grads)
         grads = grad if grad.dim() == 4 else grad[None]
-        self._collector.add(site, step.plan.readers, grads, last_only=self._is_at_end)
+        self._collector.add(site, step.plan.readers, grads)
         self._propagate(step.plan, _sum_by_row(step.plan, grads, np.arange(len(grads))))
-
-    def _spread(self) -> None:
-        """From here on gradients are those of all positions: so far there are none but at the last."""
-        earlier = (0, 0, self._length - 1, 0)
-        self._stream, self._is_at_end = functional.pad(self._stream, earlier), False
-        if self._corrections is not None:
-            self._corrections = functional.pad(self._corrections, earlier)
 
     def _to_earlier(self, number: int, grads: Tensor) -> None:
         """What goes back from a layer to features of earlier ones that write there, `[2, prompts, position, features]`."""
@@ -148,7 +136,7 @@ class Backward:
             seen.view(len(seen), -1).addmm_(to_tensor(rows.T, grads), grads.reshape(len(rows), -1))
         else:
             assert self._spans is not None
-            coefficients = by_position(rows, self._spans.index[:, -grads.shape[2] :], grads).transpose(1, 2)
+            coefficients = by_position(rows, self._spans.index, grads).transpose(1, 2)
             seen.flatten(1, 2).add_(torch.bmm(coefficients, grads.flatten(1, 2).transpose(0, 1)).transpose(0, 1))
 
     def _writer_grads(self, writers: range) -> Tensor:

@@ -8,7 +8,6 @@ A mask may differ from span to span of the prompts; then every position of every
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -102,13 +101,6 @@ class Bank:
         slots = self._slot[writers]
         torch.sub(said.transpose(0, 1), source.transpose(0, 1), out=self.own[:, slots[0] : slots[-1] + 1])
 
-    def at_the_end(self) -> Bank:
-        """The same bank at the last position only."""
-        bank = copy.copy(self)
-        bank._shared, bank.own = self._shared[:, :, -1:], self.own[..., -1:, :]
-        bank._spans = None if self._spans is None else self._spans[:, -1:]
-        return bank
-
     def mix(self, plan: Plan) -> Tensor | None:
         """`rows @ differences`, `[lanes, distinct, prompts, position, d_model]`; None where every coefficient is zero."""
         n_shared = min(len(self._shared), plan.rows.shape[2])
@@ -166,9 +158,6 @@ class NoBank:
 
     def write(self, writers: Int[ndarray, " some"], said: Tensor, source: Tensor) -> None:
         """Nothing is kept."""
-
-    def at_the_end(self) -> NoBank:
-        return self
 
     def mix(self, plan: Plan) -> None:
         """Nothing is read but the stream."""

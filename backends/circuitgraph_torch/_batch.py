@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from circuitgraph._engine import EXACT, Rule
+from circuitgraph._engine import Rule
 from circuitgraph._incremental import Cost, Incremental, Part, Plan
 from circuitgraph._memory import MemoryBudget
 from circuitgraph._metrics import Metric, Target, log_softmax
@@ -243,7 +243,7 @@ class Batch:
         is_live: bool,
     ) -> Float[ndarray, "prompts readers writers"]:
         """The sum of the gradients at some mixes; without `differences`, those of this very run score the edges."""
-        tape = Tape(rule, self._ends_at)
+        tape = Tape(rule)
         if is_live and differences is not None:
             x = self._together(mask, source, mixes, tape)
         else:
@@ -256,33 +256,26 @@ class Batch:
             recomputed = Recomputed(
                 self._parts.joints, self._parts.sites, self._calls, source.before, scores, differences, spans, self._parts.budget.lanes
             )
-        self._backward(tape, x[0], self._input.shape[1] - source.n_before, scores, spans, recomputed)
+        self._backward(tape, x[0], scores, spans, recomputed)
         return scores.scores()
 
     def source_gradient(self, mask: Float[ndarray, "readers writers"], source: SourceRun) -> Float[ndarray, "prompts writers d_model"]:
         """The gradient in a vector that is added to what each writer says in the source run."""
-        tape, spans, visible = Tape(EXACT, self._ends_at), self._by_span(mask), self._parts.sites.graph.visible
+        tape, spans, visible = Tape(), self._by_span(mask), self._parts.sites.graph.visible
         x, _ = self._from_the_input(mask, source, self._input, tape)
         mask = np.where(visible if mask.ndim == 2 else visible[..., None], mask, 1)
         grads = SourceGrads(self._parts.sites, mask, self._input, spans)
-        self._backward(tape, x[0], self._input.shape[1], grads, spans, None)
+        self._backward(tape, x[0], grads, spans, None)
         return grads.grads
 
-    @property
-    def _ends_at(self) -> int | None:
-        """The layer from whose heads on a gradient needs the last position only."""
-        return None if self._parts.sites.is_refined else self._parts.sites.last_attention
-
-    def _backward(
-        self, tape: Tape, x: Tensor, length: int, collector: Collector, spans: Spans | None, recomputed: Recomputed | None
-    ) -> None:
+    def _backward(self, tape: Tape, x: Tensor, collector: Collector, spans: Spans | None, recomputed: Recomputed | None) -> None:
         """`x`: the inputs of the logits, `[prompts, position, d_model]`, or those of several runs one after the other."""
         last = x[:, -1:].detach().requires_grad_()
         with torch.enable_grad():
             runs = last[:, 0].unflatten(0, (-1, len(self)))
             total = self._measure(runs, is_frozen=tape.rule.norms == "frozen").sum()
         (grad,) = torch.autograd.grad(total, last)
-        Backward(self._parts.joints, self._parts.sites, collector, spans, recomputed).run(tape, grad, length, len(runs))
+        Backward(self._parts.joints, self._parts.sites, collector, spans, recomputed).run(tape, grad, x.shape[1], len(runs))
 
     def _together(self, mask: Float[ndarray, "readers writers"], source: SourceRun, mixes: Sequence[float], tape: Tape) -> Tensor:
         """The logits' inputs at `m = 1` of the runs at some mixes, one after the other; nothing is kept of what single writers say."""

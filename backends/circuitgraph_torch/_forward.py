@@ -46,10 +46,6 @@ class SourceRun:
     n_before: int = 0
     before: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def at_the_end(self) -> SourceRun:
-        """The same run at the last position only."""
-        return SourceRun(self.values[:, :, -1:], self.joints, self.sites)
-
     def heard(self, site: Site) -> Tensor:
         return self._streams[0][site.first]
 
@@ -124,11 +120,9 @@ class InputStep:
 
 @dataclass(eq=False)
 class Tape:
-    """What the backward pass needs, layer by layer, if it is to go by a rule. `ends_at`: from this layer's heads on, only the last position
-    is run (None: all are)."""
+    """What the backward pass needs, layer by layer, if it is to go by a rule."""
 
     rule: Rule = EXACT
-    ends_at: int | None = None
     attention: dict[int, AttentionStep] = field(default_factory=dict)
     mlp: dict[int, InputStep] = field(default_factory=dict)
     stream: dict[int, InputStep] = field(default_factory=dict)
@@ -196,8 +190,7 @@ class Forward:
         if joint.attention is not None and layer.attention is not None:
             after = self._attention(number, layer.attention, layer.attention_writers, joint, before)
         if joint.mlp is not None and layer.mlp is not None:
-            heard = before[:, :, -after.shape[2] :] if joint.is_parallel else after
-            after = self._mlp(number, layer.mlp, layer.mlp_writers, joint, heard, after)
+            after = self._mlp(number, layer.mlp, layer.mlp_writers, joint, before if joint.is_parallel else after, after)
         return after
 
     def _attention(self, number: int, site: Site, ids: range, joints: LayerJoints, stream: Tensor) -> Tensor:
@@ -214,9 +207,6 @@ class Forward:
                 shared = self._tape is None and plan.n_distinct == 1 and len(plan.readers) == joint.n_readers
                 before = self._source.before.get(number)
                 mixed = joint.attend(projected.flatten(0, 1), self._calls[number], rows_are_shared=shared, before=before)
-                if self._tape is not None and self._tape.ends_at == number:
-                    mixed, stream = mixed[:, -1:], stream[:, :, -1:]
-                    self._bank, self._source = self._bank.at_the_end(), self._source.at_the_end()
                 is_frozen = self._tape is not None and self._tape.rule.norms == "frozen"
                 if self._tape is not None:
                     joint.check_rule(self._tape.rule)

@@ -55,7 +55,7 @@ class Recomputed:
         mixed = joint.attend(projected, call, rows_are_shared=True, before=before)
         with torch.enable_grad():
             mixed.requires_grad_()
-            written = joint.write(mixed[:, -grad_heads.shape[2] :], range(joint.n_heads), is_frozen=is_frozen)
+            written = joint.write(mixed, range(joint.n_heads), is_frozen=is_frozen)
         (grad,) = torch.autograd.grad(written, mixed, grad_heads.expand(written.shape))
         layer = _Layer(joint, call, before, x, projected, mixed.detach(), grad, self.differences[: site.n_visible], self.spans)
         for readers in _together(joint):
