@@ -382,3 +382,15 @@ def test_positions_that_all_share_count_for_the_kept_run() -> None:
     lane[0, deep.layer_of_row == 0, 0] = 0
     assert not Incremental(deep, length=8, cost=Cost(1.3, 0)).plan(lane).parts
     assert Incremental(deep, length=8, cost=Cost(1.3, 0), first=4).plan(lane).parts
+
+
+def test_masks_that_differ_in_every_row_are_run_anew_even_behind_a_long_beginning() -> None:
+    """Every such row would be added up by itself."""
+    from circuitgraph_torch._batch import _COST
+
+    deep = sites(n_layers=8)
+    masks = np.random.default_rng(0).integers(0, 2, (2, *deep.graph.shape)).astype(np.float32)
+    assert not Incremental(deep, length=16, cost=_COST, first=8).plan(masks).parts
+    one_edge = deep.graph.visible.astype(np.float32)[None]
+    one_edge[0, *np.argwhere(deep.graph.visible)[deep.graph.n_edges // 2]] = 0
+    assert Incremental(deep, length=16, cost=_COST, first=8).plan(one_edge).parts
