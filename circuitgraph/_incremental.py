@@ -104,15 +104,16 @@ class Incremental:
         settled = self._settled(masks, previous, differs)
         stack = _Stack(masks, differs)
         parts = [self._part(stack, lanes, differs[lanes[0]] & ~settled) for lanes in _alike(differs & ~settled)]
-        if sum(map(self._work_here, parts)) > self._fresh_work(parts, differs):
-            return Plan(anew=anew)
         move, mask, known = None, self.mask, self._known
         if settled.any():
             mask = np.where(settled[:, None], masks[0], self.mask)
             move = self._part(_Stack(mask[None], settled[None]), np.zeros(1, dtype=np.int64), settled)
             known = move.needed
-            if not self._known.covers(known):
-                return None
+        to_move = 0.0 if move is None else self._work_of_rows(move)  # its nodes are work that later questions save
+        if to_move + sum(map(self._work_here, parts)) > self._fresh_work(parts, differs):
+            return Plan(anew=anew)
+        if not self._known.covers(known):
+            return None
         if not all(known.covers(part.needed) for part in parts):
             return None
         if move is not None:
@@ -163,8 +164,12 @@ class Incremental:
 
     def _work_here(self, part: Part) -> float:
         """Of all its lanes."""
+        return self._cost.node * self._work(part.changed) * len(part.lanes) + self._work_of_rows(part)
+
+    def _work_of_rows(self, part: Part) -> float:
+        """Of its other rows, in all its lanes."""
         share = len(part.readers) / max(1, int(np.count_nonzero(part.changed.readers)))
-        return (self._cost.node + self._cost.other_row * share) * self._work(part.changed) * len(part.lanes)
+        return self._cost.other_row * share * self._work(part.changed) * len(part.lanes)
 
     def _fresh_work(self, parts: Sequence[Part], differs: Bool[ndarray, "lanes readers"]) -> float:
         """Of all lanes, run from the first layer in which they differ from the model itself."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from circuitgraph._architecture import Architecture
 
-_COST = Cost(node=1.05, other_row=8)  # many small steps; rows that are not those of the kept run are added up one by one
+_COST = Cost(node=1.05, other_row=4)  # many small steps; rows that are not those of the kept run are added up one by one
 _IN_CACHE = 1 << 20
 """So many logits a metric gets at once on a CPU: it goes over them several times, and they should still be in the cache."""
 
