@@ -95,9 +95,9 @@ _COLUMNS = (
 )
 _NOTE = (
     "A plain forward: the median. What has rounds: median (smallest to largest). Products alone: the operations of its matrix products, "
-    "by those of a plain forward: fewer forwards it could not take. Naive: the median of some full masked forwards, nothing "
-    "taken from other runs, without the metric, times the edges. Sweep: activation patching of each edge by itself. ACDC: the whole run, "
-    "from binding the prompts to the circuit. Memory: of the whole process, tracing included."
+    "by those of a plain forward: what it takes at the speed of that, and larger products may be faster. Naive: the median of some "
+    "full masked forwards, nothing taken from other runs, without the metric, times the edges. Sweep: activation patching of each edge "
+    "by itself. ACDC: the whole run, from binding the prompts to the circuit. Memory: of the whole process, tracing included."
 )
 
 
