@@ -1,4 +1,4 @@
-"""The modes that a model is measured in, and left again: no dropout, no gradients; products of half-precision numbers on a CPU."""
+"""The modes that a model is measured in, and left again: no dropout, no gradients, no products in fewer digits than their numbers have."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Modes:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Evaluation mode and no gradients, for parameters not even where others are asked for: autograd would keep what theirs need.
-        Each module's training mode and each parameter's gradient are given back afterwards."""
+        """Evaluation mode, precise products and no gradients, for parameters not even where others are asked for: autograd would keep what
+        theirs need. Each module's training mode and each parameter's gradient are given back afterwards."""
         training = [module for module in self._modules if module.training]
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         try:
@@ -28,7 +28,7 @@ class Modes:
                 module.training = False
             for parameter in trained:
                 parameter.requires_grad_(False)
-            with torch.no_grad():
+            with precise_products(), torch.no_grad():
                 yield
         finally:
             for module in training:
@@ -40,6 +40,32 @@ class Modes:
 def undisturbed(model: nn.Module) -> AbstractContextManager[None]:
     """`Modes.undisturbed` of the model as it is now."""
     return Modes(model).undisturbed()
+
+
+@contextmanager
+def precise_products() -> Iterator[None]:
+    """Matrix products of float32 numbers as they are, not as TF32 or bfloat16, and sums of half-precision ones in float32: differences
+    between runs can be smaller than what is lost otherwise. What the program allows PyTorch elsewhere is given back afterwards."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _PRECISE]
+    allowed = _allowed_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for owner, name, value in _PRECISE:
+            setattr(owner, name, value)
+        yield
+    finally:
+        if allowed is not None:
+            torch.set_float32_matmul_precision(allowed)
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _allowed_precision() -> str | None:
+    """What `set_float32_matmul_precision` was told; None where newer settings contradict it, since then PyTorch does not tell."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:
@@ -64,5 +90,14 @@ class _WideProducts(TorchDispatchMode):
         return product.to(args[-1].dtype) if out is None else out.copy_(product)
 
 
+_cuda, _mkldnn = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+_SETTINGS: Sequence[tuple[Any, str, object]] = (
+    (_cuda, "allow_fp16_reduced_precision_reduction", False),
+    (_cuda, "allow_bf16_reduced_precision_reduction", False),
+    (_cuda, "allow_fp16_accumulation", False),
+    (_cuda, "fp32_precision", "ieee"),
+    (_mkldnn, "fp32_precision", "ieee"),
+)
+_PRECISE = [(owner, name, value) for owner, name, value in _SETTINGS if hasattr(owner, name)]  # the oldest PyTorch that will do lacks some
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.bmm.out, _aten.addmm.default)
