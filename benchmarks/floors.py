@@ -6,7 +6,6 @@ the speed of a copy, whichever is longer. Both speeds are measured here, on larg
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
@@ -76,14 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=discovery_case.MODELS, default=subjects.SMOLLM2)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300, help="of ACDC, from a quarter of its edges on: the whole of it is long")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     watch, at = Watch(), speeds()
-    found = {name: measured(name, chosen.model, at, chosen.steps) for name in chosen.cases}
+    found = {name: measured(name, chosen.model, at) for name in chosen.cases}
     command = f"python -m benchmarks.floors --model {chosen.model} --cases {' '.join(chosen.cases)} --threads {chosen.threads}"
     numbers = [{"case": name, "plain": asdict(plain), "method": asdict(method)} for name, (plain, method) in found.items()]
-    publish(table(found, at, chosen.model), numbers, command=f"{command} --steps {chosen.steps}", watch=watch, file=chosen.json)
+    publish(table(found, at, chosen.model), numbers, command=command, watch=watch, file=chosen.json)
 
 
 def speeds(size: int = 2048, rounds: int = 7) -> Speeds:
@@ -95,31 +93,19 @@ def speeds(size: int = 2048, rounds: int = 7) -> Speeds:
     return Speeds(2 * size**3 / product, 2 * source.numel() * source.element_size() / copy)
 
 
-def measured(name: str, model: str, at: Speeds, steps: int) -> tuple[Profile, Profile]:
-    """A plain forward pass, and the method."""
+def measured(name: str, model: str, at: Speeds) -> tuple[Profile, Profile]:
+    """A plain forward pass, and the whole method."""
     if name == "eap":
         case = Case(*discovery_case.subject(model, 16))
-        method = lambda: run_scoring(EAP(), case.traced, case.pairs)  # noqa: E731
+        method: Callable[[], object] = lambda: run_scoring(EAP(), case.traced, case.pairs)  # noqa: E731
         method()
     else:
         case = Case(*discovery_case.subject(model, 4), name.removeprefix("acdc-").replace("-", "_"), 0.1 if "logit" in name else 0.05)
-        walk = some_steps(case, steps)
-        next(walk)
-        method = lambda: [*walk]  # noqa: E731
+        method = lambda: ACDC(threshold=case.threshold).run(case.bind())  # noqa: E731
+        discovery_case.warm_up(case)
     forward = discovery_case.plain_forward(case)
     forward()
     return profiled(forward, case, at), profiled(method, case, at)
-
-
-def some_steps(case: Case, steps: int) -> Iterator[None]:
-    """The first step, and so many from a quarter of the edges on; what is between them is run when the first is asked for."""
-    outcomes = ACDC(threshold=case.threshold).steps(case.bind())
-    for outcome in outcomes:
-        if outcome.done >= 0.25:
-            break
-    yield
-    for _ in itertools.islice(outcomes, steps):
-        yield
 
 
 def profiled(call: Callable[[], object], case: Case, at: Speeds) -> Profile:
@@ -187,7 +173,7 @@ def table(found: Mapping[str, tuple[Profile, Profile]], at: Speeds, model: str) 
     note = (
         f"This machine: {at.product / 1e9:.0f} GFLOP a second in a matrix product, {at.copy / 1e9:.1f} GB a second in a copy. Floor: every "
         "operation at the one or the other, whichever takes longer; what lies in a cache can be moved faster than that, so seconds may be "
-        "below it. GB: what an operation reads and writes by its shapes. ACDC: some of its steps, from a quarter of its edges on."
+        "below it. GB: what an operation reads and writes by its shapes. ACDC: the whole run, which the meter makes longer."
     )
     return Table(f"Floors: {discovery.title(model)}", columns, rows, (note,))
 

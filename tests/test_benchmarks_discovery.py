@@ -208,7 +208,7 @@ def test_a_profile_counts_what_an_operation_computes_and_moves(case: discovery_c
 @pytest.mark.parametrize("name", ["eap", "acdc-kl"])
 def test_floors_of_methods_are_shown(name: str) -> None:
     at = floors.speeds(size=16, rounds=1)
-    found = floors.measured(name, "tiny", at, steps=2)
+    found = floors.measured(name, "tiny", at)
     table = floors.table({name: found}, at, "tiny")
     assert next(row[-1] for row in table.rows if row[1] == "together") == "1.00"
     assert all(len(row) == len(table.columns) for row in table.rows)
