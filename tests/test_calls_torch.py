@@ -61,13 +61,35 @@ def test_calls_are_seen_without_the_products(family: str) -> None:
     assert len(made.dtypes) <= 1
 
 
-def test_half_precision_is_multiplied_wide() -> None:
-    model = tiny("llama", dtype=torch.bfloat16)
-    left, right = torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(2, 4, 5, dtype=torch.bfloat16)
-    out = torch.empty(2, 3, 5, dtype=torch.bfloat16)
+INSTRUCTIONS = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), torch.float16: ("_is_amx_fp16_supported",)}
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """A dtype for which the CPU has no instructions."""
+    dtype: torch.dtype = request.param
+    for name in INSTRUCTIONS[dtype]:
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    return dtype
+
+
+def test_half_precision_is_multiplied_wide(narrow: torch.dtype) -> None:
+    model = tiny("llama", dtype=narrow)
+    left, right = torch.randn(2, 3, 4).to(narrow), torch.randn(2, 4, 5).to(narrow)
+    out = torch.empty(2, 3, 5, dtype=narrow)
     with Products() as made, wide_products(model):
         torch.bmm(left, right, out=out)
         product = torch.bmm(left, right)
     assert made.dtypes == [torch.float32] * 2
     assert torch.equal(out, product)
-    assert torch.equal(out, (left.float() @ right.float()).to(torch.bfloat16))
+    assert torch.equal(out, (left.float() @ right.float()).to(narrow))
+
+
+def test_half_precision_stays_where_the_cpu_has_instructions(narrow: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, numbers = tiny("llama", dtype=narrow), torch.randn(3, 3).to(narrow)
+    for name in INSTRUCTIONS[narrow]:
+        with monkeypatch.context() as patch, Products() as made:
+            patch.setattr(torch.cpu, name, lambda: True)
+            with wide_products(model):
+                numbers @ numbers
+        assert made.dtypes == [narrow]

@@ -69,20 +69,25 @@ def _allowed_precision() -> str | None:
 
 
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:
-    """Matrix products of a half-precision model on a CPU in float32, and their results rounded.
+    """Matrix products of a half-precision model on a CPU without instructions for them in float32, and their results rounded.
 
-    Many CPUs have no instructions for them, and the one that goes back through a linear layer is then far slower than in float32. One
-    weight at a time is widened.
+    There the one that goes back through a linear layer is far slower than in float32. One weight at a time is widened.
     """
     parameter = next(model.parameters())
-    is_narrow = parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
+    is_slow = parameter.device.type == "cpu" and parameter.dtype in _NARROW and not _has_instructions(parameter.dtype)
     narrow: Any = _WideProducts  # PyTorch does not type its modes
-    return narrow() if is_narrow else nullcontext()
+    return narrow() if is_slow else nullcontext()
+
+
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of these numbers. PyTorch knows, under names that are its own."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else ("_is_amx_fp16_supported",)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 class _WideProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func not in _PRODUCTS or args[-1].dtype not in (torch.bfloat16, torch.float16):
+        if func not in _PRODUCTS or args[-1].dtype not in _NARROW:
             return func(*args, **(kwargs or {}))
         further = dict(kwargs or {})
         out = further.pop("out", None)
@@ -90,6 +95,7 @@ class _WideProducts(TorchDispatchMode):
         return product.to(args[-1].dtype) if out is None else out.copy_(product)
 
 
+_NARROW = (torch.bfloat16, torch.float16)
 _cuda, _mkldnn = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
 _SETTINGS: Sequence[tuple[Any, str, object]] = (
     (_cuda, "allow_fp16_reduced_precision_reduction", False),
