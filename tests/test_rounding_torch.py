@@ -1,0 +1,94 @@
+"""A replay may be as far from the model as the model's own rounding is, where that is, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import islice
+
+import families
+import numpy as np
+import pytest
+import torch
+from families import tiny
+from torch import Tensor
+
+import circuitgraph_torch
+from circuitgraph import EAP, TraceError, load_task
+from circuitgraph_torch._calls import original_logits
+from circuitgraph_torch._rounding import errors, judged, moved_by_rounding
+
+
+def not_asked() -> Tensor:
+    raise AssertionError("the tolerance is enough")
+
+
+def test_errors_are_by_position_and_over_the_largest_value_of_all() -> None:
+    expected = torch.tensor([[[1.0, -4.0], [2.0, 0.0]]], dtype=torch.bfloat16)
+    found = errors(expected + torch.tensor([[[0.0, 0.5], [-1.0, 0.25]]]), expected)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[0.125, 0.25]]
+
+
+def test_the_tolerance_is_enough_where_no_position_exceeds_it() -> None:
+    assert judged(torch.tensor([[0.25, 0.5]]), 0.5, not_asked) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([0.25, 1.5], (1.5, 2.0)),  # four roundings
+        ([0.75, 0.0], (0.75, 0.5)),  # one position's rounding excuses no other
+        ([0.625, 2.25], (0.625, 0.5)),  # the worst is not the largest
+    ],
+)
+def test_rounding_excuses_the_positions_that_it_moves(found: list[float], expected: tuple[float, float]) -> None:
+    assert judged(torch.tensor([found]), 0.5, lambda: torch.tensor([[0.0, 0.5]])) == expected
+
+
+def test_nothing_excuses_a_nan() -> None:
+    error, allowed = judged(torch.tensor([[0.0, float("nan"), 9.0]]), 0.5, lambda: torch.full((1, 3), 1.0))
+    assert np.isnan(error)
+    assert not error <= allowed
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 1e-8, 1e-5), (torch.bfloat16, 1e-3, 0.2)])
+def test_a_rounding_moves_as_much_as_the_dtype_says(dtype: torch.dtype, least: float, most: float) -> None:
+    parts = circuitgraph_torch.trace(tiny("llama", dtype=dtype))._parts
+    ids = torch.arange(10).view(2, 5)
+    before = original_logits(parts.model, ids)
+    moved = moved_by_rounding(parts, lambda: original_logits(parts.model, ids))
+    assert moved.shape == (2, 5)
+    assert least < float(moved.min()) <= float(moved.max()) < most
+    assert torch.equal(original_logits(parts.model, ids), before)  # no hook is left behind
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wrong_description_is_refused_in_half_precision_too(dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype=dtype)
+    found = circuitgraph_torch.find_architecture(model)
+    with pytest.raises(TraceError, match="final norm"):
+        circuitgraph_torch.trace(model, architecture=dataclasses.replace(found, logit_scale=1.5))
+    shifted = dataclasses.replace(found.blocks[1], parallel=True)
+    with pytest.raises(TraceError, match="differs from the model"):
+        circuitgraph_torch.trace(model, architecture=dataclasses.replace(found, blocks=(found.blocks[0], shifted, *found.blocks[2:])))
+
+
+def test_a_proof_says_what_was_allowed() -> None:
+    proof = families.traced("llama").proof
+    assert proof.tolerance == 1e-5
+    assert "tolerance 1e-05" in str(proof)
+
+
+@pytest.mark.smollm2
+def test_smollm2_is_proved_in_bfloat16() -> None:
+    """As most checkpoints are. The first positions of its prompts are moved by their own rounding more than the tolerance."""
+    rough = circuitgraph_torch.trace("smollm2-135m", dtype="bfloat16")
+    pairs = load_task("ioi").pairs(rough.tokenizer, 4, seed=0)
+    checks = [*islice(rough.checks(pairs), 4)]  # the last one runs every reader by itself
+    assert all(check.holds for check in checks), "\n".join(map(str, checks))
+    exact = circuitgraph_torch.trace("smollm2-135m")
+    found, expected = (EAP().run(traced.bind(pairs, "logit_diff")).scores for traced in (rough, exact))
+    assert found is not None
+    assert expected is not None
+    visible = rough.graph.visible
+    assert np.corrcoef(found[visible], expected[visible])[0, 1] > 0.9
