@@ -10,20 +10,54 @@ Hours on two cores for SmolLM2, minutes for the zoo; it can be interrupted, and 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tables import between
-from circuitgraph import Benchmark, benchmark
+from circuitgraph import (
+    ACDC,
+    EAP,
+    EAPIG,
+    Algorithm,
+    Benchmark,
+    EdgePruning,
+    Ensemble,
+    ScreenedBy,
+    Selected,
+    SparseFeatureCircuits,
+    benchmark,
+)
 from circuitgraph._benchmark import BASELINES, known_results
 from circuitgraph._choosing import named
 from circuitgraph.files import write_bytes
+from circuitgraph.selection import Greedy, IntegerProgram, SignConsistent
 
 ROOT = Path(__file__).parent.parent
 CELLS = ROOT / "benchmarks" / "results" / "algorithms"
 PAGE = ROOT / "docs" / "explanation" / "algorithms-compared.md"
 GRADIENTS = ("eap", "eap-ig", "eap-ig:path=activations", "eap-ig:path=mask", "relp", "attribution-patching", "information-flow", "hisp")
 OPTIMISED = ("edge-pruning", "subnetwork-probing", "ugs")
+MEMBERS = (EAP(), EAPIG(), EAPIG(path="mask"))
+
+
+def alone(*names: str) -> dict[str, Algorithm]:
+    """Algorithms as the command line names them."""
+    return dict(map(named, names))
+
+
+def combined(threshold: float) -> dict[str, Algorithm]:
+    """Algorithms made of others; those that choose edges keep 5% of them. `threshold`: of ACDC."""
+    return {
+        "mean of eap, eap-ig, eap-ig:path=mask": Ensemble(MEMBERS, by="mean"),
+        "min of eap, eap-ig, eap-ig:path=mask": Ensemble(MEMBERS, by="min"),
+        "max of eap, eap-ig, eap-ig:path=mask": Ensemble(MEMBERS, by="max"),
+        "eap-ig, greedy 5%": Selected(EAPIG(), Greedy(), size=0.05),
+        "eap-ig, sign-consistent 5%": Selected(EAPIG(), SignConsistent(), size=0.05),
+        "eap-ig, integer-program 5%": Selected(EAPIG(), IntegerProgram(), size=0.05),
+        f"acdc:threshold={threshold}, screened by eap": ScreenedBy(EAP(), then=ACDC(threshold)),
+        "sparse-feature-circuits, by eap": SparseFeatureCircuits(estimator=EAP()),
+    }
 
 
 @dataclass(frozen=True)
@@ -31,7 +65,7 @@ class Part:
     """Some models with their tasks, and the algorithms they are asked with."""
 
     models: tuple[tuple[str, tuple[str, ...]], ...]
-    algorithms: tuple[str, ...]
+    algorithms: Mapping[str, Algorithm]
     prompts: int
 
     @property
@@ -43,7 +77,7 @@ class Part:
 PARTS = {
     "zoo": Part(
         (("zoo:induction-2l", ("induction",)), ("zoo:tiny-english", ("ioi", "greater-than", "subject-verb-agreement"))),
-        (
+        alone(
             *GRADIENTS,
             "attribution-patching:corrections=qk-fix,grad-drop",
             "path-patching",
@@ -51,12 +85,14 @@ PARTS = {
             "activation-patching:level=node",
             "acdc:threshold=0.01",
             *OPTIMISED,
-        ),
+        )
+        | combined(threshold=0.01)
+        | {"edge-pruning, started by eap-ig": EdgePruning(start=EAPIG())},
         prompts=32,
     ),
     "smollm2": Part(
         (("smollm2-135m", ("ioi", "greater-than-digits", "induction", "subject-verb-agreement")),),
-        (
+        alone(
             *GRADIENTS,
             "attribution-patching:corrections=qk-fix",
             "attribution-patching:corrections=grad-drop",
@@ -65,7 +101,8 @@ PARTS = {
             "activation-patching:level=node",
             "acdc:threshold=0.1",
             *OPTIMISED,
-        ),
+        )
+        | combined(threshold=0.1),
         prompts=8,
     ),
 }
@@ -89,11 +126,10 @@ def measure(name: str) -> None:
     """All cells of a part that are not there yet."""
     part = PARTS[name]
     for model, tasks in part.models:
-        chosen = dict(map(named, part.algorithms))
         benchmark(
             [model],
             tasks,
-            chosen,
+            part.algorithms,
             folder=CELLS / name,
             prompts=part.prompts,
             progress=lambda done, text: print(f"{done:.0%} {text}", flush=True),
