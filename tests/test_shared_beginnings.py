@@ -80,7 +80,8 @@ def test_no_score_changes(family: str, rule: str) -> None:
     spanned = np.ones((*engine.graph.shape, len(SPANS)))
     got, whole = (one.gradient(spanned, rule=RULES[rule]) for one in (engine, expected))
     assert_same(got, whole, family)
-    assert not got[..., 0].any()  # both prompts of a pair say the same there
+    beginning = np.abs(got[..., 0]).max()  # both prompts of a pair say the same there
+    assert beginning <= (TOLERANCES[family] * np.abs(got).max() if rule == "qk-fix" else 0)  # what is computed anew is equal to rounding
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -103,7 +104,7 @@ def test_attention_that_looks_ahead_is_noticed() -> None:
     model = replace(known.model, splits_input=False)
     looking_ahead = trace(module_of(model), architecture=model.traced().architecture, dtype="float64")
     assert not looking_ahead._parts.looks_back  # type: ignore[attr-defined]
-    assert all(traced(family)._parts.looks_back for family in FAMILIES if family != "qwen3_moe")
+    assert all(traced(family)._parts.looks_back for family in FAMILIES)
 
 
 def assert_same(got: np.ndarray, expected: np.ndarray, family: str) -> None:

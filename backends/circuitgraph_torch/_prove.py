@@ -81,12 +81,14 @@ def prove(parts: Parts, *, n_prompts: int = 2, seed: int = 0) -> Proof:
 
 
 def looks_back(parts: Parts) -> bool:
-    """Whether other tokens in the second half of some prompts leave all logits of the first half as they are, to the bit."""
+    """Whether other tokens in the second half of some prompts leave all logits of the first half as they are: to rounding, since experts
+    get their tokens together; in half precision, where rounding is large, to the bit."""
     length = min(8, parts.longest)
     ids = np.random.default_rng(1).integers(0, parts.architecture.vocabulary, (2, 2, length))
     ids[1, :, : length // 2] = ids[0, :, : length // 2]
     one, other = (original_logits(parts.model, torch.from_numpy(some).to(parts.device))[:, : length // 2] for some in ids)
-    return torch.equal(one, other)
+    rounding = 16 * torch.finfo(one.dtype).eps if one.element_size() >= 4 else 0.0
+    return bool((errors(other, one) <= rounding).all())
 
 
 def checks(parts: Parts, pairs: PromptPairs) -> Iterator[Check]:
