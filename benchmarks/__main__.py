@@ -3,6 +3,7 @@
     python -m benchmarks                  all of them
     python -m benchmarks eap-2-threads    this one again, beside what the others gave last time on this machine
     python -m benchmarks --peer-python P  all of them, and auto-circuit, which `benchmarks.peer` says how to install there
+    python -m benchmarks --device cuda    discovery on this machine's GPU, into `benchmarks/RESULTS-GPU.md`, which names it
 
 Each script runs in a process of its own and leaves its numbers in `benchmarks/results/`. If one fails, no page is written. The pages have
 what there are numbers of.
@@ -22,6 +23,7 @@ from circuitgraph.files._atomic import write_bytes
 
 NUMBERS = ROOT / "benchmarks" / "results"
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+ON_GPU = ROOT / "benchmarks" / "RESULTS-GPU.md"
 PAGE = ROOT / "docs" / "explanation" / "figures.md"
 START, END = "<!-- results: written by `make bench` -->", "<!-- end of results -->"
 SCRIPTS = {
@@ -40,6 +42,7 @@ SCRIPTS = {
     "compiled": ["compiled"],
     "few-rows": ["few_rows"],
 }
+GPU_SCRIPTS = {f"{name}-gpu": [*SCRIPTS[name], "--device", "cuda"] for name in SCRIPTS if name.startswith("discovery")}
 PEER = "peer"  # runs only where its environment is given
 
 
@@ -47,20 +50,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(SCRIPTS)}")
     parser.add_argument("--peer-python", metavar="PATH", help="the Python of an environment with auto-circuit")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default: cpu")
     chosen = parser.parse_args()
-    scripts = SCRIPTS if chosen.peer_python is None else {**SCRIPTS, PEER: ["peer", "--peer-python", chosen.peer_python]}
+    if chosen.device == "cuda" and chosen.peer_python is not None:
+        parser.error("--peer-python: auto-circuit is compared on a CPU; leave out --device")
+    scripts = GPU_SCRIPTS if chosen.device == "cuda" else SCRIPTS
+    if chosen.peer_python is not None:
+        scripts = {**SCRIPTS, PEER: ["peer", "--peer-python", chosen.peer_python]}
     names = chosen.names or [*scripts]
     if unknown := set(names) - set(scripts):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(scripts)}")
     NUMBERS.mkdir(exist_ok=True)
     for name in names:
         run(NUMBERS / f"{name}.json", *scripts[name])
-    write_pages(known_reports(NUMBERS))
+    if chosen.device == "cuda":
+        write_results(ON_GPU, known_reports(NUMBERS, [*GPU_SCRIPTS]))
+    else:
+        write_pages(known_reports(NUMBERS, [*SCRIPTS, PEER]))
 
 
-def known_reports(folder: Path) -> list[Report]:
-    """What was measured last of every script, in their order."""
-    files = [folder / f"{name}.json" for name in (*SCRIPTS, PEER)]
+def known_reports(folder: Path, names: Sequence[str]) -> list[Report]:
+    """What was measured last of these scripts, in their order."""
+    files = [folder / f"{name}.json" for name in names]
     if missing := [file.stem for file in files if not file.exists()]:
         print(f"not measured yet: {', '.join(missing)}")
     return [Report.from_json(file.read_text()) for file in files if file.exists()]
@@ -73,22 +84,28 @@ def run(file: Path, script: str, *arguments: str) -> None:
 
 
 def write_pages(reports: Sequence[Report]) -> None:
+    """The results, and their tables in the documentation. Raises `ValueError` as `write_results`."""
+    page = with_tables(PAGE.read_text(), reports)
+    write_results(RESULTS, reports)
+    write_bytes(PAGE, page.encode())
+    print(f"wrote the tables of {PAGE.relative_to(ROOT)}")
+
+
+def write_results(file: Path, reports: Sequence[Report]) -> None:
     """Raises `ValueError` for reports from different machines, which no page may mix."""
     if any(report.machine != reports[0].machine for report in reports):
-        raise ValueError(f"{NUMBERS} has reports of different machines or versions; run all: python -m benchmarks")
-    page = with_tables(PAGE.read_text(), reports)
-    write_bytes(RESULTS, results(reports).encode())
-    write_bytes(PAGE, page.encode())
-    print(f"wrote {RESULTS.relative_to(ROOT)} and the tables of {PAGE.relative_to(ROOT)}")
+        raise ValueError(f"{NUMBERS} has reports of different machines or versions; run all of them again")
+    write_bytes(file, results(reports).encode())
+    print(f"wrote {file.name}")
 
 
 def results(reports: Sequence[Report]) -> str:
-    """RESULTS.md: the machine, then every table with its command and how busy the machine was."""
+    """A page of results: the machine, then every table with its command and how busy the machine was."""
     machine = [f"| {name} | {value} |" for name, value in reports[0].machine.items()]
     head = [
         "# Results",
         "",
-        "Written by `make bench`; every number in the documentation comes from here.",
+        "Written by `python -m benchmarks`; every number in the documentation comes from `RESULTS.md`.",
         "",
         "| | |",
         "| --- | --- |",

@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = f"--threads {chosen.threads} --rounds {chosen.rounds} --chunks {chosen.chunks} --models {' '.join(chosen.models)}"
     given += f" --methods {' '.join(chosen.methods)}" if chosen.methods else ""
     given += f" --device {chosen.device}" if chosen.device != "cpu" else ""
-    publish(table(found, chosen.device), found, command=f"python -m benchmarks.discovery {given}", watch=watch, file=chosen.json)
+    command = f"python -m benchmarks.discovery {given}"
+    publish(table(found, chosen.device), found, command=command, watch=watch, file=chosen.json, gpu=gpu(chosen.device))
 
 
 def measured(model: str, row: Row, threads: int, rounds: int, chunks: int, device: str = "cpu") -> dict[str, Any]:
@@ -139,7 +140,8 @@ def measured(model: str, row: Row, threads: int, rounds: int, chunks: int, devic
 
 
 def table(found: Sequence[dict[str, Any]], device: str = "cpu") -> Table:
-    rows = []
+    """On a GPU without the bars, which are those of two cores."""
+    rows, is_gpu = [], device != "cpu"
     for case in found:
         row = ROWS[case["model"]][case["row"]]
         spread = Spread(**case["spread"]) if "spread" in case else f"{case['forwards']:,.4g}"
@@ -156,12 +158,12 @@ def table(found: Sequence[dict[str, Any]], device: str = "cpu") -> Table:
                 f"{case['products']:.2f}" if "products" in case else "",
                 "" if "spread" in case else f"{case['per_edge']:.4f}",
                 f"{case['peak'] / 1e9:.2f}",
-                *verdicts(row, case),
+                *(() if is_gpu else verdicts(row, case)),
             )
         )
-    memory = "peak RSS, GB" if device == "cpu" else f"peak memory of {device_name(device)}, GB"
+    last = (f"peak memory of {gpu(device)['GPU']}, GB",) if is_gpu else ("peak RSS, GB", "at least", "aim")
     models = ", ".join(dict.fromkeys(title(case["model"]) for case in found))
-    return Table(f"Discovery: {models}", (*_COLUMNS, memory, "at least", "aim"), rows, (_NOTE,))
+    return Table(f"Discovery: {models}", (*_COLUMNS, *last), rows, (_NOTE,))
 
 
 def verdicts(row: Row, case: dict[str, Any]) -> tuple[str, str]:
@@ -194,10 +196,14 @@ def is_extrapolated(case: dict[str, Any]) -> bool:
     return bool(case.get("measured_edges", case["edges"]) < case["edges"])
 
 
-def device_name(device: str) -> str:
+def gpu(device: str) -> dict[str, str]:
+    """What `device` is, if it is a GPU."""
     import torch
 
-    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device
+    if device == "cpu":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {"GPU": found.name, "GPU memory": f"{found.total_memory / 1e9:.0f} GB"}
 
 
 if __name__ == "__main__":

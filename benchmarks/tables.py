@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,13 +69,16 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def publish(table: Table, numbers: Sequence[dict[str, Any]], *, command: str, watch: Watch, file: Path | None) -> None:
-    """Print the table, and write the report if a file is given."""
+def publish(
+    table: Table, numbers: Sequence[dict[str, Any]], *, command: str, watch: Watch, file: Path | None, gpu: Mapping[str, str] | None = None
+) -> None:
+    """Print the table, and write the report if a file is given. `gpu`: the machine's, if that was used."""
     table.show()
     load = str(watch)
     Console().print(load, soft_wrap=True, markup=False, highlight=False)
     if file is not None:
-        report = Report(command, datetime.now(UTC).isoformat(timespec="minutes"), description(), load, table, numbers)
+        date, machine = datetime.now(UTC).isoformat(timespec="minutes"), {**(gpu or {}), **description()}
+        report = Report(command, date, machine, load, table, numbers)
         write_bytes(file, report.to_json().encode())
 
 

@@ -117,7 +117,7 @@ def test_every_row_can_be_asked_for() -> None:
 
 def test_the_pages_have_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "startup.json").write_text((everything.NUMBERS / "startup.json").read_text())
-    (report,) = everything.known_reports(tmp_path)
+    (report,) = everything.known_reports(tmp_path, [*everything.SCRIPTS])
     assert report.table.title == "Start"
     assert "discovery-zoo" in capsys.readouterr().out
 
