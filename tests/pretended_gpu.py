@@ -110,6 +110,8 @@ def _computed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     _check_devices(function, args, kwargs)
     if function is _aten._fused_sdp_choice.default:
         return 0  # attention by its formula: the kernels of a CPU are not those of a GPU
+    if function is _aten.bmm.dtype:  # which a CPU does not know
+        return OnGPU(torch.bmm(*(one.held.to(args[2]) for one in args[:2])))
     here = {**kwargs, "device": _CPU} if kwargs.get("device") is not None else kwargs
     found = function(*tree_map(_held, args), **tree_map(_held, here))
     is_fetched = "device" in here and not _is_gpu(kwargs["device"])

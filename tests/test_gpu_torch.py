@@ -108,11 +108,19 @@ def test_models_are_traced_there(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_half(dtype: str) -> None:
-    model: TorchModel = circuitgraph.trace(families.tiny("llama"), device="cuda", dtype=dtype)
+@pytest.mark.parametrize("knows_wide_sums", [True, False])
+def test_half_precision_stays_half_and_its_scores_are_wide(monkeypatch: pytest.MonkeyPatch, dtype: str, knows_wide_sums: bool) -> None:
+    if not knows_wide_sums:  # as on AMD's
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    halves = families.tiny("llama", dtype=getattr(torch, dtype))
+    model: TorchModel = circuitgraph.trace(deepcopy(halves), device="cuda")
     pairs = random_pairs(5, vocabulary=families.VOCABULARY)
-    scores, expected = (EAP().run(traced.bind(pairs, "logit_diff")).scores for traced in (model, families.traced("llama")))
-    assert np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.99
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # not widened on the CPU either
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)
+    scores, expected = (EAP().run(one.bind(pairs, "logit_diff")).scores for one in (model, circuitgraph.trace(halves)))
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    digits = torch.from_numpy(model.bind(pairs, "logit_diff").gradient(np.ones(model.graph.shape))[0])
+    assert (digits != digits.to(getattr(torch, dtype))).any()
     assert next(model.module.parameters()).dtype == getattr(torch, dtype)
 
 

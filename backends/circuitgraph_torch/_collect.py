@@ -147,11 +147,18 @@ class SourceGrads:
 
 
 def _products(grads: Tensor, differences: Tensor) -> Tensor:
-    """`[rows, readers, d] @ [writers, rows, d]` to `[rows, readers, writers]`; of numbers in half precision in float32, some writers at a
-    time, or the sums would be rounded to three digits."""
+    """`[rows, readers, d] @ [writers, rows, d]` to `[rows, readers, writers]`; of numbers in half precision in float32, or the sums
+    would be rounded to three digits: as a GPU adds them up anyway, else widened, some writers at a time."""
     if grads.element_size() >= 4 and len(differences) > grads.shape[1]:  # faster with the many as rows
         return torch.bmm(differences.transpose(0, 1), grads.transpose(1, 2)).transpose(1, 2)
     if grads.element_size() >= 4:
         return torch.bmm(grads, differences.permute(1, 2, 0))
+    if _leaves_sums_wide(grads):
+        return torch.bmm(grads, differences.permute(1, 2, 0), out_dtype=torch.float32)
     wide = grads.float()
     return torch.cat([torch.bmm(wide, some.float().permute(1, 2, 0)) for some in differences.split(_WIDENED)], dim=-1)
+
+
+def _leaves_sums_wide(like: Tensor) -> bool:
+    """Whether products of half-precision numbers can be had in float32: by NVIDIA's kernels, from PyTorch 2.8 on."""
+    return like.device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.bmm, "dtype")
