@@ -350,6 +350,16 @@ def check_differentiable(metric: Metric) -> None:
         )
 
 
+def check_scores(scores: Float[ndarray, "prompts ..."], dtype: object) -> None:
+    """Raises `CircuitGraphError` for a gradient with numbers that are none, as beyond 65504 in float16."""
+    if np.isfinite(scores.sum()):
+        return
+    prompt = int(np.argmax(~np.isfinite(scores).reshape(len(scores), -1).all(axis=1)))
+    narrow = str(dtype).removeprefix("torch.")
+    hint = "; trace the model with dtype='float32' or 'bfloat16', which hold larger numbers" if narrow == "float16" else ""
+    raise CircuitGraphError(f"gradient: it is not a finite number for prompt {prompt} in {narrow}{hint}")
+
+
 def check_source(source: Source, graph: Graph, d_model: int) -> None:
     """Raises `CircuitGraphError` for optimal constants that are not there or not of this model."""
     if source.kind != "optimal":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import islice
+from typing import Any
 
 import families
 import numpy as np
@@ -13,7 +14,8 @@ from families import tiny
 from torch import Tensor
 
 import circuitgraph_torch
-from circuitgraph import EAP, TraceError, load_task
+from circuitgraph import EAP, CircuitGraphError, TraceError, load_task
+from circuitgraph.testing import random_pairs
 from circuitgraph_torch._calls import original_logits
 from circuitgraph_torch._rounding import errors, judged, moved_by_rounding
 
@@ -92,3 +94,33 @@ def test_smollm2_is_proved_in_bfloat16() -> None:
     assert expected is not None
     visible = rough.graph.visible
     assert np.corrcoef(found[visible], expected[visible])[0, 1] > 0.9
+
+
+MASSIVE = 400.0  # its square is no number in float16
+
+
+def with_massive_activations(family: str, dtype: torch.dtype) -> Any:
+    """A tiny model, some of whose numbers in the stream are as large as they are at the first tokens of trained ones (Sun et al. 2024)."""
+    model = tiny(family, dtype=dtype)
+    model.get_input_embeddings().weight.data[:, :2] = MASSIVE
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_massive_activations_are_not_too_large_for_float16(family: str) -> None:
+    """Models square them in float32; so must every formula of ours."""
+    pairs = random_pairs(4, vocabulary=families.VOCABULARY)
+    models = [circuitgraph_torch.trace(with_massive_activations(family, dtype)) for dtype in (torch.float16, torch.float32)]
+    attention = [number for number, reader in enumerate(models[0].graph.readers) if reader.kind in "qkv"]
+    found, expected = (model.bind(pairs, "logit_diff").gradient(np.ones(model.graph.shape))[:, attention] for model in models)
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+
+
+def test_a_gradient_that_float16_cannot_hold_is_refused() -> None:
+    model = tiny("llama", dtype=torch.float16)
+    model.lm_head.weight.data *= 500
+    model.model.embed_tokens.weight.data *= 1e-4  # a small stream, of which the norm makes a large one, and so a large gradient
+    engine = circuitgraph_torch.trace(model).bind(random_pairs(4, vocabulary=families.VOCABULARY), "logit_diff")
+    for ask in (engine.gradient, engine.source_gradient):
+        with pytest.raises(CircuitGraphError, match="gradient: it is not a finite number for prompt 0 in float16; trace the model with"):
+            ask(np.ones(engine.graph.shape))

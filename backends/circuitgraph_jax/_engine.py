@@ -17,6 +17,7 @@ from circuitgraph._engine import (
     check_differentiable,
     check_gradient,
     check_reversible,
+    check_scores,
     check_source,
     check_source_values,
     checked_mask,
@@ -150,6 +151,7 @@ class JaxEngine:
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
                 self._done(number)
+        check_scores(out, self._parts.dtype)
         return out
 
     @with_room
@@ -163,6 +165,7 @@ class JaxEngine:
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)
+        check_scores(out, self._parts.dtype)
         return out
 
     def reversed(self) -> JaxEngine:

@@ -85,6 +85,11 @@ class Parts:
         return min(rows, getattr(config, "max_position_embeddings", None) or rows)  # OPT's table has two rows more than positions
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the model's dtype, on its device."""
+        return next(self.model.parameters()).detach()
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -18,6 +18,7 @@ from circuitgraph._engine import (
     check_differentiable,
     check_gradient,
     check_reversible,
+    check_scores,
     check_source,
     check_source_values,
     checked_mask,
@@ -156,6 +157,7 @@ class TorchEngine:
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.gradient(checked, self._source_run(number, source), mixes, rule)
                 self._done(number)
+        check_scores(out, self._parts.like.dtype)
         return out
 
     @with_room
@@ -169,6 +171,7 @@ class TorchEngine:
             for number, batch in enumerate(self.batches):
                 out[batch.index] = batch.source_gradient(checked, self._source_run(number, source))
                 self._done(number)
+        check_scores(out, self._parts.like.dtype)
         return out
 
     def reversed(self) -> TorchEngine:
@@ -184,7 +187,7 @@ class TorchEngine:
 
     def _masks(self, masks: Float[ndarray, ...], *lanes: int) -> Float[ndarray, ...]:
         checked = checked_mask(masks, (*lanes, *self.graph.shape), self.spans)
-        return checked.astype(np.float64 if next(self._parts.model.parameters()).dtype == torch.float64 else np.float32)
+        return checked.astype(np.float64 if self._parts.like.dtype == torch.float64 else np.float32)
 
     def _source_run(self, number: int, override: WriterValues | None) -> SourceRun:
         batch = self.batches[number]
@@ -202,7 +205,7 @@ class TorchEngine:
             if all(values.places[int(i)] == (number, row) for row, i in enumerate(batch.index)):
                 return values.batches[number]
         stacked = np.stack([values[int(i)] for i in batch.index], axis=1)
-        return torch.from_numpy(stacked).to(next(self._parts.model.parameters()))
+        return torch.from_numpy(stacked).to(self._parts.like)
 
     def _own_source(self, batch: Batch) -> SourceRun:
         return batch.other_run() if self._source.kind == "corrupted" else batch.source_run(self._constants(batch))
@@ -211,9 +214,9 @@ class TorchEngine:
         """What each writer says in a source that knows no other prompts."""
         if self._source.kind == "zero":
             d_model = self._parts.architecture.d_model
-            return next(self._parts.model.parameters()).new_zeros(len(self.graph.writers), 1, 1, d_model)
+            return self._parts.like.new_zeros(len(self.graph.writers), 1, 1, d_model)
         if self._source.constants is not None:
-            return torch.from_numpy(self._source.constants.copy()).to(next(self._parts.model.parameters()))[:, None, None]
+            return torch.from_numpy(self._source.constants.copy()).to(self._parts.like)[:, None, None]
         length = batch.live_ids.shape[1]
         return self._mean(length if self._source.kind == "mean-per-position" else None)
 
@@ -235,7 +238,7 @@ class TorchEngine:
 
     @property
     def _bytes_per_token(self) -> int:
-        return len(self.graph.writers) * self._parts.architecture.d_model * next(self._parts.model.parameters()).element_size()
+        return len(self.graph.writers) * self._parts.architecture.d_model * self._parts.like.element_size()
 
     def _prompts_per_batch(self, bucket: Bucket) -> int:
         fitting: int = max(1, self._parts.budget.batch // (self._bytes_per_token * bucket.clean.shape[1]))

@@ -41,10 +41,12 @@ class NormJoint:
         return self.gain if isinstance(self.gain, Tensor) else like.new_full(like.shape[-1:], self.gain)
 
     def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`."""
-        centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`. In half precision it is computed in
+        float32, as models do it: a square of 300 is too large for float16."""
+        wide = x if x.element_size() >= 4 else x.float()
+        centred = wide - wide.mean(-1, keepdim=True) if self.kind == "layer" else wide
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return centred * scale, scale
+        return (centred * scale).to(x.dtype), scale.to(x.dtype)
 
     def backward_(self, grad: Tensor, x: Tensor, *, is_frozen: bool = False) -> Tensor:
         """Turn `grad` of the norm's output into that of its input `x`, in place. `x` broadcasts against `grad`."""
