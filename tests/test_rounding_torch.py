@@ -13,6 +13,7 @@ import torch
 from families import tiny
 from torch import Tensor
 
+import circuitgraph
 import circuitgraph_torch
 from circuitgraph import EAP, CircuitGraphError, TraceError, load_task
 from circuitgraph.testing import random_pairs
@@ -124,3 +125,14 @@ def test_a_gradient_that_float16_cannot_hold_is_refused() -> None:
     for ask in (engine.gradient, engine.source_gradient):
         with pytest.raises(CircuitGraphError, match="gradient: it is not a finite number for prompt 0 in float16; trace the model with"):
             ask(np.ones(engine.graph.shape))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("kind", ["mean", "mean-per-position"])
+def test_a_mean_over_many_prompts_is_summed_wide(backend: str, kind: Any) -> None:
+    """In float16 two hundred numbers of 400 are more than it holds, and bfloat16 would stop counting at 256."""
+    one = random_pairs(3, lengths=(4,), vocabulary=families.VOCABULARY)
+    for dtype in (torch.float16, torch.bfloat16):
+        model = circuitgraph.trace(with_massive_activations("gpt2", dtype), backend=backend)
+        many, alone = (model.bind(pairs, "nll", kind).source_values()[0] for pairs in (one.select([0] * 300), one))
+        np.testing.assert_allclose(np.asarray(many, float), np.asarray(alone, float), rtol=0.01, atol=1e-3)

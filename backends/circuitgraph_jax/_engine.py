@@ -213,19 +213,19 @@ class JaxEngine:
 
     def _mean(self, length: int | None) -> Array:
         """Mean writer values over the reference prompts: per position over those of this length, or over everything."""
-        total, count = None, 0
+        total, count, wide = None, 0, np.promote_types(self._parts.dtype, np.float32)  # a sum is more than half precision holds
         for bucket in (self._source.data or self._pairs).buckets():
             if length is not None and bucket.clean.shape[1] != length:
                 continue
             for part in bucket.cut(self._prompts_per_batch(bucket)):
                 ids = part.clean if self._source.data is not None or self._is_reversed else part.corrupted
                 values = Batch(self._parts, part, self._metric, ids, ids).live.values[: len(part.index)]
-                summed = values.sum(0, keepdims=True) if length is not None else values.sum((0, 2), keepdims=True)
+                summed = values.sum(0 if length is not None else (0, 2), keepdims=True, dtype=wide)
                 total = summed if total is None else total + summed
                 count += values.shape[0] * (1 if length is not None else values.shape[2])
         if total is None:
             raise no_prompt_to_average(length)
-        return total / count
+        return (total / count).astype(self._parts.dtype)
 
     @property
     def _bytes_per_token(self) -> int:

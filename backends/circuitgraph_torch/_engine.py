@@ -222,19 +222,20 @@ class TorchEngine:
 
     def _mean(self, length: int | None) -> Tensor:
         """Mean writer values over the reference prompts: per position over those of this length, or over everything."""
-        total, count = None, 0
+        total, count, like = None, 0, self._parts.like
+        wide = torch.promote_types(like.dtype, torch.float32)  # a sum is more than half precision holds
         for bucket in (self._source.data or self._pairs).buckets():
             if length is not None and bucket.clean.shape[1] != length:
                 continue
             for part in bucket.cut(self._prompts_per_batch(bucket)):
                 ids = part.clean if self._source.data is not None or self._is_reversed else part.corrupted
                 values = Batch(self._parts, part, self._metric, ids, ids).live.values
-                summed = values.sum(1, keepdim=True) if length is not None else values.sum((1, 2), keepdim=True)
+                summed = values.sum(1 if length is not None else (1, 2), keepdim=True, dtype=wide)
                 total = summed if total is None else total + summed
                 count += values.shape[1] * (1 if length is not None else values.shape[2])
         if total is None:
             raise no_prompt_to_average(length)
-        return total / count
+        return (total / count).to(like)
 
     @property
     def _bytes_per_token(self) -> int:
