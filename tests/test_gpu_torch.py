@@ -25,7 +25,7 @@ from twins import small_model
 import circuitgraph
 from benchmarks import __main__ as everything
 from benchmarks import discovery, discovery_case, machine, tables
-from circuitgraph import ACDC, EAP, EAPIG, Algorithm, check_trace, discover, load_task
+from circuitgraph import ACDC, EAP, EAPIG, Algorithm, CircuitGraphError, check_trace, discover, load_task
 from circuitgraph.features import Dictionary, SAETraining, measure, train
 from circuitgraph.testing import random_pairs
 from circuitgraph_torch import TorchModel
@@ -167,6 +167,17 @@ def test_what_does_not_fit_there_is_asked_by_halves(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(batch, "evaluate", cramped)
     np.testing.assert_allclose(engine.evaluate(np.ones((1, *engine.graph.shape))), expected)
     assert [len(one) for one in engine.batches] == [1, 1]
+
+
+def test_weights_that_do_not_fit_there_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.tiny("llama")
+
+    def cramped(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", cramped)
+    with pytest.raises(CircuitGraphError, match="device 'cuda' has no room for the weights; ask for a narrower dtype"):
+        circuitgraph.trace(model, device="cuda")
 
 
 def test_runs_that_are_linear_but_for_their_mlps() -> None:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from families import FAMILIES, tiny
 
+import circuitgraph
 import circuitgraph_torch
 from circuitgraph._architecture import Architecture
 from circuitgraph._errors import CircuitGraphError, TraceError, UnknownNameError
@@ -156,6 +157,23 @@ def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
         circuitgraph_torch.trace(42)
     with pytest.raises(UnknownNameError, match="unknown dtype 'float23'"):
         circuitgraph_torch.trace(tiny("gpt2"), dtype="float23")
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(
+    ("stored", "wanted", "expected"), [("bfloat16", None, "float32"), ("float64", None, "float64"), ("float32", "bfloat16", "bfloat16")]
+)
+def test_files_are_computed_in_float32_unless_something_else_is_wanted(
+    tmp_path: Path, backend: str, stored: str, wanted: str | None, expected: str
+) -> None:
+    tiny("attention_only", dtype=getattr(torch, stored)).save_pretrained(tmp_path)
+    assert circuitgraph.trace(tmp_path, backend=backend, dtype=wanted).provenance["dtype"] == expected
+
+
+def test_a_live_module_stays_in_half_precision() -> None:
+    model = tiny("attention_only", dtype=torch.bfloat16)
+    assert circuitgraph_torch.trace(model).provenance["dtype"] == "bfloat16"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("device", ["cuda", "nowhere"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,12 +160,14 @@ def trace(
     """Find a model's wiring, take it apart at its joints, and prove that the replay is the model.
 
     `model`: a Hugging Face id or folder, a GGUF file, a bundled `zoo:` name, an `nn.Module` or an nnsight model. `architecture`: a
-    description to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too).
+    description to use instead of finding one. `dtype`, `device`: move the model first (a module that was handed over is moved too). Files
+    in half precision are computed in float32 if no dtype is given; a module stays what it is.
     `memory_budget`: what its engines may compute with beside the weights, in bytes or as "8GB".
     Raises `TraceError` naming the joint that is missing, or the first module that differs.
     """
     loaded = load(model, tokenizer)
-    module = _moved(loaded.model, device, dtype)
+    is_named = isinstance(model, str | Path)
+    module = _moved(loaded.model, device, _at_least_float32(loaded.model) if is_named and dtype is None else _dtype(dtype))
     budget = MemoryBudget.of(memory_budget, _free(next(module.parameters()).device))
     try:
         with undisturbed(module):
@@ -186,13 +189,20 @@ def _proved(loaded: Loaded, module: nn.Module, architecture: Architecture | None
     return TorchModel(loaded.name, loaded.tokenizer, prove(parts), replace(parts, budget=budget, looks_back=looks_back(parts)))
 
 
-def _moved(module: nn.Module, device: str | torch.device | None, dtype: str | torch.dtype | None) -> nn.Module:
-    wanted = _dtype(dtype)
+def _moved(module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None) -> nn.Module:
     try:
-        return module.to(device=device, dtype=wanted)
+        return module.to(device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise CircuitGraphError(
+            f"device {str(device)!r} has no room for the weights; ask for a narrower dtype, such as 'bfloat16', or leave the device out"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CircuitGraphError(f"device {str(device)!r} cannot be used here: {reason}; leave it out, or use 'cpu'") from error
+
+
+def _at_least_float32(module: nn.Module) -> torch.dtype:
+    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
 
 
 def _free(device: torch.device) -> int | None:

@@ -75,7 +75,7 @@ PerHead = Annotated[bool, typer.Option("--per-head-kv", help="Give every head it
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Backend = Annotated[str, typer.Option("--backend", "-b", help="What computes: torch or jax.")]
 Memory = Annotated[str | None, typer.Option("--memory-budget", help="Memory to compute with, such as 8GB (default: auto).")]
-Dtype = Annotated[str | None, typer.Option(help="Number type, such as float32.")]
+Dtype = Annotated[str | None, typer.Option(help="Number type, such as bfloat16; default: float32, or float64 where the weights are.")]
 AlgorithmName = Annotated[
     str, typer.Option("--algorithm", "-a", help=f"One of {', '.join(_plugins.names(_plugins.ALGORITHMS)) or 'none installed'}.")
 ]
