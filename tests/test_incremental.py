@@ -283,6 +283,27 @@ def test_scores_in_half_precision_are_summed_in_float32() -> None:
     assert (rounded != got).mean() > 0.3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_kept_run_in_half_precision_is_as_near_as_runs_from_the_input(family: str, dtype: torch.dtype) -> None:
+    """What is added up is in float32, so its rounding does not grow with the moves; modules compute in half precision."""
+    models = (tiny(family, dtype=dtype), tiny(family, dtype=dtype).float())
+    narrow, exact = (circuitgraph.trace(model).bind(PAIRS, "nll") for model in models)
+    edges = np.random.default_rng(1).permutation(np.argwhere(narrow.graph.visible))[:60]
+    masks = np.ones((len(edges), *narrow.graph.shape))
+    for number, edge in enumerate(edges):
+        masks[(slice(number, None), *edge)] = 0
+    kept = np.concatenate([narrow.evaluate(some) for some in np.split(masks, 15)])
+    (_, run, _) = narrow.batches[0]._kept  # type: ignore[attr-defined]
+    assert (run.mask < narrow.graph.visible).any()  # it has moved
+    assert {x.dtype for x in (*run.heard, run.said, run.differences)} == {torch.float32}
+    assert {projected.dtype for projected in run._projected.values()} == {dtype}
+    expected, anew = exact.evaluate(masks), fresh(narrow, masks)
+    for measure, most in ((np.asarray, 2.5), (lambda values: np.diff(values, axis=0), 1.5)):  # a search decides by differences
+        errors = [np.linalg.norm(measure(values) - measure(expected)) for values in (kept, anew)]
+        assert 0 < errors[0] < most * errors[1]
+
+
 # ------------------------------------------------------------------------------------------------------------------- where a run is needed
 
 

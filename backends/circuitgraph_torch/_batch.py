@@ -148,9 +148,8 @@ class Batch:
         self.__dict__.pop("_input", None)
 
     def evaluate(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
-        """From a run that is kept, where that is less work. (In half precision never: what it hears would be rounded with every move. Nor
-        is a run with refined components kept yet.)"""
-        if len(masks) == 0 or masks.ndim == 4 or self._input.element_size() < 4 or self._parts.sites.is_refined:
+        """From a run that is kept, where that is less work. (A run with refined components is not kept yet.)"""
+        if len(masks) == 0 or masks.ndim == 4 or self._parts.sites.is_refined:
             return self._fresh(masks, source)
         kept, plan = self._planned(masks, source)
         if not plan.parts:
@@ -178,11 +177,13 @@ class Batch:
         return kept, plan
 
     def _new_kept(self, source: SourceRun) -> KeptRun:
-        return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, self._live_differences(source))
+        values = self.live.values
+        differences = self._live_differences(source) if values.element_size() >= 4 else values.float() - source.values
+        return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, differences)
 
     def _bytes_per_lane(self, part: Part) -> int:
         vectors = int((part.changed.writers > 0).sum()) + 2 * self._widest  # what changes, one layer's readers and their norms
-        return vectors * self._input.numel() * self._input.element_size()
+        return vectors * self._input.numel() * max(4, self._input.element_size())
 
     def _fresh(self, masks: Float[ndarray, "lanes readers writers"], source: SourceRun) -> Float[ndarray, "lanes prompts"]:
         """Of each lane from the first layer in which it differs from the model's own run."""

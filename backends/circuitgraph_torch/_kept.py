@@ -32,7 +32,8 @@ class KeptRun:
     """At first the model's own run. Of models whose components are not refined.
 
     `heard`: each reader's input, `[prompts, position, d_model]`, one tensor for readers that hear the same. `said`: what each writer said,
-    `[writers, prompts, position, d_model]`, and `differences` the same less the source.
+    `[writers, prompts, position, d_model]`, and `differences` the same less the source. Of a model in half precision they are in float32:
+    its modules compute in half precision (`narrowed`), and what is added up is not rounded with every difference.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class KeptRun:
     ) -> None:
         self.joints, self.sites, self.calls = joints, sites, calls
         self.mask = sites.graph.visible.astype(np.float32)
-        self.said, self.differences = live.values, differences
-        self.heard = _heard(joints, sites, live)
+        self._dtype = live.values.dtype
+        self.said, self.differences = _wide(live.values), differences
+        self.heard = _all_wide(_heard(joints, sites, live))
         self._source = source
         self.first = _first_difference(differences)
         self._projected: dict[int, Tensor] = {}
@@ -50,7 +52,11 @@ class KeptRun:
 
     def ends(self, masks: Float[ndarray, "lanes readers writers"], part: Part) -> Tensor:
         """The inputs of the logits at the last position, `[lanes, prompts, d_model]`."""
-        return _Lanes(self, masks, part).run()[:, :, -1]
+        return self.narrowed(_Lanes(self, masks, part).run()[:, :, -1])
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """What a module of the model is given."""
+        return x.to(self._dtype)
 
     def move(self, mask: Float[ndarray, "readers writers"], part: Part) -> None:
         """Be the run under this mask, wherever it is needed there."""
@@ -77,7 +83,7 @@ class KeptRun:
     def sourced(self) -> list[Tensor]:
         """What every reader hears in the source run."""
         sites = [site for layer in self.sites.layers for site in (layer.attention, layer.mlp) if site is not None]
-        return [self._source.heard(site) for site in (*sites, self.sites.logits) for _ in range(site.first, site.stop)]
+        return _all_wide([self._source.heard(site) for site in (*sites, self.sites.logits) for _ in range(site.first, site.stop)])
 
     def projected(self, number: int) -> Tensor:
         """What the readers of a layer's attention say to it, `[prompts, position, readers * head_dim]`."""
@@ -85,10 +91,9 @@ class KeptRun:
             joint, site = self.joints.layers[number].attention, self.sites.layers[number].attention
             assert joint is not None
             assert site is not None
-            like = self.heard[site.first]
-            projected = like.new_empty(*like.shape[:2], joint.n_readers, joint.head_dim)
+            projected = joint.weights.new_empty(*self.said.shape[1:3], joint.n_readers, joint.head_dim)
             for readers in _same(range(site.first, site.stop), lambda reader: id(self.heard[reader])):
-                projected[:, :, readers - site.first] = _project(joint, self.heard[int(readers[0])], readers - site.first)
+                projected[:, :, readers - site.first] = _project(joint, self.narrowed(self.heard[int(readers[0])]), readers - site.first)
             self._projected[number] = projected.flatten(2)
         return self._projected[number]
 
@@ -152,7 +157,7 @@ class _Lanes:
         projected = kept.projected(number).unflatten(-1, (joint.n_readers, -1)).repeat(len(self._masks), 1, 1, 1, 1)
         for level in (LAST, ALL):
             for readers, x in self._read(site, level):
-                projected[:, :, kept.positions(level), readers - site.first] = _project(joint, x, readers - site.first)
+                projected[:, :, kept.positions(level), readers - site.first] = _project(joint, kept.narrowed(x), readers - site.first)
         projected = projected.flatten(3)
         self.projected[number] = projected
         mixed = joint.attend(projected.flatten(0, 1), kept.calls[number], rows_are_shared=False)
@@ -165,7 +170,7 @@ class _Lanes:
     def _mlp(self, joint: MLPJoint, site: Site, writer: int) -> None:
         level = int(self._changed.writers[writer])
         for _, x in self._read(site, level):
-            self._say(np.array([writer]), level, joint(x.flatten(0, 1))[None])
+            self._say(np.array([writer]), level, joint(self._kept.narrowed(x).flatten(0, 1))[None])
 
     def _read(self, site: Site, level: int) -> Iterator[tuple[Int[ndarray, " some"], Tensor]]:
         """The readers of a site that change at these positions, those that hear the same together, with what they hear in each lane:
@@ -243,6 +248,16 @@ def _heard(joints: ModelJoints, sites: Sites, live: LiveRun) -> list[Tensor]:
                 after = after if joint.attention.constant is None else after + joint.attention.constant
             heard.append(after)
     return [*heard, live.streams[-1]]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.element_size() >= 4 else x.float()
+
+
+def _all_wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One for each that is the same."""
+    wide = {id(x): _wide(x) for x in tensors}
+    return [wide[id(x)] for x in tensors]
 
 
 def _first_difference(differences: Tensor) -> int:
