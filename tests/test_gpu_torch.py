@@ -119,6 +119,10 @@ def test_half_precision_stays_half_and_its_scores_are_wide(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)
     scores, expected = (EAP().run(one.bind(pairs, "logit_diff")).scores for one in (model, circuitgraph.trace(halves)))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    masks = np.ones((3, *model.graph.shape))
+    masks[1:, -1, 1], masks[2:, 5, 0] = 0, 0
+    values, expected = (one.bind(pairs, "logit_diff").evaluate(masks) for one in (model, circuitgraph.trace(halves)))
+    np.testing.assert_allclose(values, expected, rtol=0, atol=0.03 * np.abs(expected).max())
     digits = torch.from_numpy(model.bind(pairs, "logit_diff").gradient(np.ones(model.graph.shape))[0])
     assert (digits != digits.to(getattr(torch, dtype))).any()
     assert next(model.module.parameters()).dtype == getattr(torch, dtype)
