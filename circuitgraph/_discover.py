@@ -34,8 +34,7 @@ def trace(model: Any, *, backend: str = "torch", **options: Any) -> TracedModel:
     `model`: a Hugging Face id or a local folder, a live `nn.Module`, an nnsight `LanguageModel`, a GGUF file or a bundled `zoo:` name.
     Options of both backends: `architecture` (a hand-written one), `per_head_kv`, `dtype` (float32 unless files are in float64 or a live
     module in something else), `device`, `tokenizer`, `memory_budget` (what may be computed with beside the weights: bytes, "8GB" or
-    "auto"); of jax: `devices`. Raises `TraceError` that names the joint which
-    could not be found or the first module that differs.
+    "auto"); of jax: `devices`. Raises `TraceError` that names the joint which could not be found or the first module that differs.
 
     >>> trace("zoo:induction-2l").graph
     Graph(9 writers, 25 readers, 81 edges, 10 nodes)

@@ -89,12 +89,19 @@ def test_smollm2_is_proved_in_bfloat16() -> None:
     pairs = load_task("ioi").pairs(rough.tokenizer, 4, seed=0)
     checks = [*islice(rough.checks(pairs), 4)]  # the last one runs every reader by itself
     assert all(check.holds for check in checks), "\n".join(map(str, checks))
-    exact = circuitgraph_torch.trace("smollm2-135m")
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 0.9), ("float16", 0.999)])
+def test_scores_of_smollm2_in_half_precision_are_those_in_float32(dtype: str, least: float) -> None:
+    """Its stream holds numbers of 20,000."""
+    rough, exact = (circuitgraph_torch.trace("smollm2-135m", dtype=wanted) for wanted in (dtype, None))
+    pairs = load_task("ioi").pairs(rough.tokenizer, 4, seed=0)
     found, expected = (EAP().run(traced.bind(pairs, "logit_diff")).scores for traced in (rough, exact))
     assert found is not None
     assert expected is not None
     visible = rough.graph.visible
-    assert np.corrcoef(found[visible], expected[visible])[0, 1] > 0.9
+    assert np.corrcoef(found[visible], expected[visible])[0, 1] > least
 
 
 MASSIVE = 400.0  # its square is no number in float16

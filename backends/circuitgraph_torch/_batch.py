@@ -24,7 +24,7 @@ from circuitgraph_torch._collect import Collector, EdgeScores, SourceGrads, Span
 from circuitgraph_torch._forward import Forward, LiveRun, SourceRun, Tape
 from circuitgraph_torch._joints import ModelJoints
 from circuitgraph_torch._kept import KeptRun
-from circuitgraph_torch._modes import Modes
+from circuitgraph_torch._modes import Modes, widened
 from circuitgraph_torch._recomputed import Recomputed
 from circuitgraph_torch._spare import Spare
 
@@ -91,7 +91,7 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.like.device
 
 
 class Batch:
@@ -177,9 +177,7 @@ class Batch:
         return kept, plan
 
     def _new_kept(self, source: SourceRun) -> KeptRun:
-        values = self.live.values
-        differences = self._live_differences(source) if values.element_size() >= 4 else values.float() - source.values
-        return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, differences)
+        return KeptRun(self._parts.joints, self._parts.sites, self._calls, self.live, source, self._live_differences(source))
 
     def _bytes_per_lane(self, part: Part) -> int:
         vectors = int((part.changed.writers > 0).sum()) + 2 * self._widest  # what changes, one layer's readers and their norms
@@ -364,8 +362,7 @@ class Batch:
     def _measure(self, x: Tensor, *, is_frozen: bool = False) -> Tensor:
         """The metric, `[lanes, prompts]`, from the logits' inputs at the last position, `[lanes, prompts, d_model]`."""
         tokens, target = self._target
-        logits = self._parts.joints.logits(x, tokens, is_frozen=is_frozen)
-        logits = logits if logits.element_size() >= 4 else logits.float()
+        logits = widened(self._parts.joints.logits(x, tokens, is_frozen=is_frozen))
         at_once = max(1, _IN_CACHE // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
         return torch.cat([self._metric(some, target) for some in logits.split(at_once)])
 

@@ -30,7 +30,7 @@ from circuitgraph._metrics import Metric, check_answers
 from circuitgraph._pairs import Bucket, PromptPairs, check_vocabulary
 from circuitgraph_torch._batch import Batch, Parts
 from circuitgraph_torch._forward import SourceRun
-from circuitgraph_torch._modes import wide_products
+from circuitgraph_torch._modes import wide_products, widened
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,7 +50,7 @@ class TorchWriterValues:
     def __getitem__(self, prompt: int) -> Float[ndarray, "writers position d_model"]:
         batch, row = self.places[prompt]
         values = self.batches[batch][:, row]
-        said: Float[ndarray, "writers position d_model"] = (values if values.element_size() >= 4 else values.float()).cpu().numpy()
+        said: Float[ndarray, "writers position d_model"] = widened(values).cpu().numpy()
         return said
 
 

@@ -20,6 +20,7 @@ from circuitgraph_torch._changes import Changes
 from circuitgraph_torch._forward import LiveRun, SourceRun
 from circuitgraph_torch._joints import AttentionJoint, ModelJoints
 from circuitgraph_torch._mlp import MLPJoint
+from circuitgraph_torch._modes import widened
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,7 +43,8 @@ class KeptRun:
         self.joints, self.sites, self.calls = joints, sites, calls
         self.mask = sites.graph.visible.astype(np.float32)
         self._dtype = live.values.dtype
-        self.said, self.differences = _wide(live.values), differences
+        self.said = widened(live.values)
+        self.differences = differences if self.said is live.values else self.said - source.values
         self.heard = _all_wide(_heard(joints, sites, live))
         self._source = source
         self.first = _first_difference(differences)
@@ -250,13 +252,9 @@ def _heard(joints: ModelJoints, sites: Sites, live: LiveRun) -> list[Tensor]:
     return [*heard, live.streams[-1]]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.element_size() >= 4 else x.float()
-
-
 def _all_wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     """One for each that is the same."""
-    wide = {id(x): _wide(x) for x in tensors}
+    wide = {id(x): widened(x) for x in tensors}
     return [wide[id(x)] for x in tensors]
 
 

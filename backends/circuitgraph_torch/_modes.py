@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -66,6 +66,11 @@ def _allowed_precision() -> str | None:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 what is in half precision; what is not, as it is."""
+    return x if x.element_size() >= 4 else x.float()
 
 
 def wide_products(model: nn.Module) -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitgraph._architecture import Norm
+from circuitgraph_torch._modes import widened
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class NormJoint:
     def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` divided by its scale (and centred, for a layer norm), and one over that scale `[..., 1]`. In half precision it is computed in
         float32, as models do it: a square of 300 is too large for float16."""
-        wide = x if x.element_size() >= 4 else x.float()
+        wide = widened(x)
         centred = wide - wide.mean(-1, keepdim=True) if self.kind == "layer" else wide
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return (centred * scale).to(x.dtype), scale.to(x.dtype)
